@@ -1,0 +1,117 @@
+"""What the shared code asks of a model family. Protocols, not base classes: a family inherits from nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from library.randomness import Draws
+from library.records import AdapterTargets, LatentFormat, ModelDescription, NoisedLatents, Resolution, TensorRecord
+
+
+class TextEncodingStrategy(Protocol):
+    """Captions to conditioning. Holds tokenizers and settings, no text encoder, so that it pickles into workers."""
+
+    def signature(self) -> Mapping[str, str]:
+        """Every setting that changes the result, the encoders' identity included."""
+        ...
+
+    def tokenize(self, captions: Sequence[str]) -> TensorRecord:
+        """Token ids of the captions, padded, on the CPU."""
+        ...
+
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: TensorRecord) -> TensorRecord:
+        """Text features (B, ...), on the encoders' device. Gradients flow when they are enabled."""
+        ...
+
+    def record(self) -> type[TensorRecord]:
+        """The class of what ``encode`` returns, to rebuild it from the store."""
+        ...
+
+    def drop(self, text: TensorRecord, dropped: Tensor) -> TensorRecord:
+        """The features with the rows in ``dropped`` (B,) made unconditional.
+
+        Those rows hold the encoded empty caption already; a family replaces it where its options say so.
+        """
+        ...
+
+
+class LatentCachingStrategy(Protocol):
+    """Pixels to latents."""
+
+    format: LatentFormat
+
+    def signature(self) -> Mapping[str, str]:
+        """Every setting that changes the result, the VAE's identity included."""
+        ...
+
+    def encode(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w), not normalised, of pictures (B, 3, H, W) in -1..1."""
+        ...
+
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in -1..1 of normalised latents (B, C, h, w)."""
+        ...
+
+
+class Objective(Protocol):
+    """How a picture is noised and what the denoiser's answer is measured against."""
+
+    def sigmas(self, uniform: Tensor, *, tokens: int) -> Tensor:
+        """Noise levels (B,), fp32, in (0, 1], from numbers of the open interval (0, 1)."""
+        ...
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor) -> NoisedLatents:
+        """The noised latents, fp32."""
+        ...
+
+    def loss(self, prediction: Tensor, noised: NoisedLatents) -> Tensor:
+        """Loss per element (B, C, h, w), fp32, weighted by noise level."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """One architecture, in a few parts. The trainer knows nothing else about it."""
+
+    name: str
+    description: ModelDescription
+    latents: LatentCachingStrategy
+    objective: Objective
+    adapter_targets: Mapping[str, AdapterTargets]
+    """By component: ``denoiser`` and the names of the text encoders."""
+
+    def text_strategy(self) -> TextEncodingStrategy:
+        """The strategy with tokenizers loaded."""
+        ...
+
+    def load_text_encoders(self, *, device: Any, dtype: Any) -> dict[str, nn.Module]:
+        """The text encoders by name, frozen, in eval mode."""
+        ...
+
+    def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
+        """The VAE, frozen, in eval mode."""
+        ...
+
+    def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
+        """The denoiser, frozen, in eval mode."""
+        ...
+
+    def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> TensorRecord:
+        """The conditioning with what acts in training only: per-encoder dropout, crops of the position table."""
+        ...
+
+    def predict(self, denoiser: nn.Module, noised: NoisedLatents, text: TensorRecord) -> Tensor:
+        """The denoiser's answer (B, C, h, w)."""
+        ...
+
+    def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The repeated blocks in forward order: what checkpointing and block swap act on."""
+        ...
+
+    def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
+        """The noise levels of a sampling run (steps + 1,), from 1 down to 0, fp32."""
+        ...
+
+    def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> Any:
+        """A context manager inside which the blocks ``layers`` leave their input as it is (skip-layer guidance)."""
+        ...
