@@ -1,0 +1,156 @@
+"""argv and TOML to a validated configuration, once; friendly errors; ``--dry_run``.
+
+Nothing here loads torch before everything that can be checked without it has been checked.
+"""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.config.caching import UNSUPPORTED as UNSUPPORTED_CACHING
+from library.config.command_line import CommandLine, help_text, read_command_line
+from library.config.data import UNSUPPORTED as UNSUPPORTED_DATA
+from library.config.dataset import DatasetConfig, read_datasets
+from library.config.errors import ConfigError
+from library.config.logging import LoggingConfig
+from library.config.resolved import resolved_toml
+from library.config.run import RunConfig, make_run_config, training_groups
+from library.config.unsupported import refusals
+from library.families import family_files, family_options
+from library.records import Resolution
+from library.sampling.prompts import read_prompts
+from library.version import VERSION
+
+WRONG_USAGE, INTERRUPTED = 2, 130
+_ANY_SIZE = Resolution(1024, 1024)
+
+
+def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> int:
+    """This runs a training script: parse, check everything, then train.
+
+    Args:
+        family: The model family's name in the registry.
+        network: Whether adapters are trained, or the model itself.
+        argv: The arguments after the script's name; by default the process's own.
+
+    Returns:
+        The exit code: 0, 2 for what the user can fix, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    script = f"{family}_train_network.py" if network else f"{family}_train.py"
+    try:
+        return _run(family, arguments, script, network=network)
+    except ConfigError as error:
+        print_errors(str(error).splitlines())
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(family: str, arguments: Sequence[str], script: str, *, network: bool) -> int:
+    options = family_options(family)
+    groups = training_groups(options, network=network)
+    command_line = read_command_line(groups, arguments, refusals=refused_options(family))
+    if command_line.invocation.help:
+        job = "Adapters (LoRA and others)" if network else "Full fine-tuning"
+        print(help_text(groups, program=script, description=f"{job} on {options.TITLE}."), end="")
+        return 0
+    if command_line.invocation.version:
+        print(f"atelier {VERSION}")
+        return 0
+    if "config_file" in command_line.unusable:  # the rest would only say that its options are missing
+        print_errors(command_line.problems)
+        return WRONG_USAGE
+    config, problems = checked_configuration(family, script, command_line)
+    if problems:
+        print_errors(problems)
+        return WRONG_USAGE
+    if command_line.invocation.dry_run:
+        from library.dry_run import report
+
+        print(resolved_toml(config))
+        print("\n".join(report(config)))
+        return 0
+    configure_logging(config.logging)
+    if _is_main_process():
+        logging.getLogger(__name__).info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
+
+    from library.training.setup import run_training
+
+    return run_training(config)
+
+
+def refused_options(family: str) -> dict[str, str]:
+    """The options that people know from elsewhere -> why they are refused, as the end of ``--name ...``."""
+    table = family_options(family).UNSUPPORTED
+    return refusals(UNSUPPORTED_DATA, UNSUPPORTED_CACHING, family=family, family_table=table)
+
+
+def checked_configuration(family: str, script: str, command_line: CommandLine) -> tuple[RunConfig, list[str]]:
+    """This joins what was parsed to a run's configuration, and checks all that needs no weights.
+
+    Returns:
+        The configuration, and one line per problem; with problems it is for messages only.
+    """
+    groups, options = command_line.groups, family_options(family)
+    step = options.RESOLUTION_STEP
+    problems: list[str] = []
+
+    def checked(check: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return check()
+        except ConfigError as error:
+            problems.extend(str(error).splitlines())
+            return otherwise
+
+    datasets: tuple[DatasetConfig, ...] = checked(lambda: read_datasets(groups["data"], resolution_step=step), ())
+    config = make_run_config(family, script, groups, command_line.provenance, datasets)
+    problems += config.problems()
+    problems += checked(lambda: family_files(family).problems(config.model, config.family), [])
+    if config.sampling.sample_prompts:
+        prompts = config.sampling.sample_prompts
+        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, resolution_step=step, seed=0), None)
+    # What follows from an option that was refused already would only confuse
+    blamed = re.compile("|".join(rf"--{name}\b" for name in command_line.unusable) or "(?!)")
+    new = [problem for problem in problems if not blamed.search(problem)]
+    return config, list(dict.fromkeys([*command_line.problems, *new]))
+
+
+def configure_logging(config: LoggingConfig) -> None:
+    """This sends the messages to the console or a file, as the options say; no random generator is touched."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if config.console_log_file:
+        try:
+            Path(config.console_log_file).parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(config.console_log_file, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--console_log_file {config.console_log_file}: {error.strerror}") from None
+    full = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    handler.setFormatter(logging.Formatter("%(message)s" if config.console_log_simple else full, "%H:%M:%S"))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(
+        config.console_log_level if _is_main_process() else max("WARNING", config.console_log_level, key=_level)
+    )
+
+
+def print_errors(problems: Iterable[str]) -> None:
+    """This prints one ``error: ...`` line per problem, once per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _level(name: str) -> int:
+    return int(logging.getLevelName(name))

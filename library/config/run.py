@@ -1,0 +1,203 @@
+"""A training run's whole configuration, and the rules that span its groups."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.config.caching import CachingConfig
+from library.config.data import DataConfig
+from library.config.dataset import DatasetConfig
+from library.config.flow import FlowConfig, flow_problems
+from library.config.logging import LoggingConfig
+from library.config.loss import LossConfig
+from library.config.memory import MemoryConfig
+from library.config.model import ModelConfig
+from library.config.network import NetworkConfig, network_problems
+from library.config.optimizer import OptimizerConfig
+from library.config.options import DEFAULT, option_values
+from library.config.sampling import SamplingConfig
+from library.config.saving import SavingConfig
+from library.config.training import TrainingConfig
+from library.config.validation import ValidationConfig
+
+ADAPTER_LEARNING_RATE = 1e-4
+DERIVED = "derived"
+
+_CAPTION_CHANGES = {
+    "shuffle_caption": "shuffles tags",
+    "caption_tag_dropout_rate": "drops tags",
+    "enable_wildcard": "chooses between wildcards",
+    "token_warmup_step": "adds tags over time",
+}
+_FILES = (
+    ("logging", "log_tracker_config"),
+    ("saving", "metadata_thumbnail"),
+    ("network", "network_weights"),
+    ("network", "base_weights"),
+)
+
+
+def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
+    """This lists the option groups of a training script by the attribute of ``RunConfig``, in the order of ``--help``.
+
+    Args:
+        family_options: The family's ``options`` module.
+        network: Whether the script trains adapters.
+    """
+    return {
+        "model": ModelConfig,
+        "family": family_options.OPTIONS,
+        "data": DataConfig,
+        "caching": CachingConfig,
+        **({"network": NetworkConfig} if network else {}),
+        "optimizer": OptimizerConfig,
+        "training": TrainingConfig,
+        "memory": MemoryConfig,
+        **family_options.OBJECTIVE_GROUPS,
+        "validation": ValidationConfig,
+        "sampling": SamplingConfig,
+        "saving": SavingConfig,
+        "logging": LoggingConfig,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a training run does, validated group by group.
+
+    Attributes:
+        family_name: The model family's name in the registry.
+        script: The script that was started, for messages and for the re-runnable configuration.
+        provenance: Per option where its value comes from: ``typed``, ``from <file>``, ``default``, or ``derived: why``.
+        family: The family's own options.
+        flow: How noise levels are drawn; None for families that don't match flows.
+        loss: How the difference between answer and truth is measured.
+        datasets: The datasets, read from what ``data`` names.
+        network: The adapter; None when the model itself is trained.
+    """
+
+    family_name: str
+    script: str
+    provenance: Mapping[str, str]
+    model: ModelConfig
+    family: Any
+    data: DataConfig
+    datasets: tuple[DatasetConfig, ...]
+    caching: CachingConfig
+    network: NetworkConfig | None = None
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    memory: MemoryConfig
+    flow: FlowConfig | None = None
+    loss: LossConfig
+    validation: ValidationConfig
+    sampling: SamplingConfig
+    saving: SavingConfig
+    logging: LoggingConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option's value by name, secrets left out, in types that JSON knows."""
+        values = ((declared, value) for declared, value in option_values(self) if not declared.secret)
+        return {declared.name: list(value) if isinstance(value, tuple) else value for declared, value in values}
+
+    def was_given(self, name: str) -> bool:
+        """Whether somebody typed the option or wrote it into the configuration file."""
+        return self.provenance[name] != DEFAULT and not self.provenance[name].startswith(DERIVED)
+
+    @property
+    def cache_dir(self) -> str:
+        """The folder of the stores and of the index of files."""
+        return self.caching.cache_dir or os.path.join(self.saving.output_dir, "cache")
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether the text encoders get an adapter that learns."""
+        if self.network is None or self.network.network_train_unet_only:
+            return False
+        rates = self.optimizer.text_encoder_lr
+        return rates is None or any(rate > 0 for rate in rates)
+
+    def problems(self) -> list[str]:
+        """Every contradiction between groups, one line each; all at once, so that nobody meets them one per run."""
+        return [
+            *self._text_problems(),
+            *self._learning_problems(),
+            *self._data_problems(),
+            *self._missing_files(),
+            *(flow_problems(self.flow, self.loss) if self.flow is not None else ()),
+        ]
+
+    def _text_problems(self) -> Iterator[str]:
+        if not self.caching.cache_text_encoder_outputs:
+            return
+        for index, dataset in enumerate(self.datasets):
+            for number, subset in enumerate(dataset.subsets):
+                for name, does in _CAPTION_CHANGES.items():
+                    if getattr(subset, name):
+                        yield (
+                            f"--cache_text_encoder_outputs encodes each caption once, but {name} of datasets[{index}]."
+                            f"subsets[{number}] ({subset.image_dir}) {does} at every visit; remove one"
+                        )
+
+    def _learning_problems(self) -> Iterator[str]:
+        network, optimizer = self.network, self.optimizer
+        if network is None:
+            for name in ("unet_lr", "text_encoder_lr"):
+                if getattr(optimizer, name) is not None:
+                    yield f"--{name} is for adapters; a full fine-tune has --learning_rate alone"
+            if optimizer.learning_rate is None:
+                yield "--learning_rate is missing: a full fine-tune has no safe default; 1e-5 is a common start"
+        else:
+            yield from network_problems(network, optimizer, caches_text=self.caching.cache_text_encoder_outputs)
+            if network.network_train_text_encoder_only and not self.trains_text_encoders:
+                yield "--network_train_text_encoder_only leaves nothing to train: every --text_encoder_lr is 0"
+        steps, epochs = (self.provenance[name] for name in ("max_train_steps", "max_train_epochs"))
+        if steps == epochs != DEFAULT:
+            yield (
+                f"--max_train_epochs {self.training.max_train_epochs} and --max_train_steps "
+                f"{self.training.max_train_steps} both say how long; keep one"
+            )
+
+    def _data_problems(self) -> Iterator[str]:
+        if not any(dataset.validation_split for dataset in self.datasets):
+            for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+                if getattr(self.validation, name) is not None:
+                    yield f"--{name} needs held-out pictures; add --validation_split 0.1"
+            if self.data.validation_seed is not None:
+                yield "--validation_seed does nothing without held-out pictures; add --validation_split 0.1"
+        subsets = [subset for dataset in self.datasets for subset in dataset.subsets]
+        if self.data.prior_loss_weight != 1 and not any(subset.is_reg for subset in subsets):
+            yield "--prior_loss_weight does nothing without regularisation pictures (is_reg, --reg_data_dir); remove it"
+        for name, switch in (
+            ("vae_batch_size", "cache_latents"),
+            ("text_encoder_batch_size", "cache_text_encoder_outputs"),
+        ):
+            if self.was_given(name) and not getattr(self.caching, switch):
+                yield f"--{name} does nothing without --{switch}; add it or remove --{name}"
+
+    def _missing_files(self) -> Iterator[str]:
+        for attribute, name in _FILES:
+            value = getattr(getattr(self, attribute), name, None)
+            for path in [value] if isinstance(value, str) else value or ():
+                if not os.path.isfile(path):
+                    yield f"--{name} {path}: no such file"
+        if self.training.resume and not os.path.isdir(self.training.resume):
+            yield f"--resume {self.training.resume}: no such folder; it is one that ends in -state"
+
+
+def make_run_config(
+    family_name: str,
+    script: str,
+    groups: Mapping[str, Any],
+    provenance: Mapping[str, str],
+    datasets: tuple[DatasetConfig, ...],
+) -> RunConfig:
+    """This joins group instances to a run's configuration and fills in what follows from other options."""
+    sources = dict(provenance)
+    groups = dict(groups)
+    if groups["optimizer"].learning_rate is None and groups.get("network") is not None:
+        groups["optimizer"] = dataclasses.replace(groups["optimizer"], learning_rate=ADAPTER_LEARNING_RATE)
+        sources["learning_rate"] = f"{DERIVED}: adapters start at {ADAPTER_LEARNING_RATE:g}"
+    return RunConfig(family_name=family_name, script=script, provenance=sources, datasets=datasets, **groups)

@@ -1,0 +1,79 @@
+"""How long, in which precision, and from where."""
+
+from dataclasses import dataclass
+
+from library.config.errors import ConfigError
+from library.config.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training."""
+
+    max_train_steps: int = option(
+        1600, "Optimizer steps of the whole run.", minimum=1, metadata_key="ss_max_train_steps"
+    )
+    max_train_epochs: int | None = option(
+        None,
+        "Passes over the dataset; they replace --max_train_steps. By default the steps count.",
+        minimum=1,
+        aliases=("num_train_epochs",),
+    )
+    gradient_accumulation_steps: int = option(
+        1,
+        "Micro-batches per optimizer step and process: a larger batch without more memory.",
+        minimum=1,
+        metadata_key="ss_gradient_accumulation_steps",
+    )
+    mixed_precision: str = option(
+        "bf16",
+        "The type that the model computes in and that its frozen weights are kept in; no means fp32. fp16 is for cards "
+        "without bf16 and scales the loss.",
+        choices=("no", "fp16", "bf16"),
+        metadata_key="ss_mixed_precision",
+    )
+    full_fp16: bool = option(
+        False,
+        "Keep the trained weights in fp16 too; needs --mixed_precision fp16. By default they are fp32, which learns "
+        "small updates better.",
+        metadata_key="ss_full_fp16",
+    )
+    full_bf16: bool = option(
+        False,
+        "Keep the trained weights in bf16 too; needs --mixed_precision bf16. By default they are fp32, which learns "
+        "small updates better.",
+        metadata_key="ss_full_bf16",
+    )
+    seed: int | None = option(
+        None,
+        "Seed of every random draw: the same seed gives the same draws on any number of devices. By default one is "
+        "drawn and written into the resolved configuration.",
+        minimum=0,
+        metadata_key="ss_seed",
+    )
+    resume: str | None = option(
+        None,
+        "Folder of a saved state (<name>-...-state) to go on from, exactly where it stopped. By default a fresh run.",
+        metavar="FOLDER",
+        aliases=("resume_from_checkpoint",),
+    )
+    ddp_timeout: int | None = option(
+        None, "Minutes after which processes that wait for each other give up. By default torch's own limit.", minimum=1
+    )
+
+    @property
+    def idle_options(self) -> tuple[str, ...]:
+        """The option that the other one replaces; saved files don't mention it."""
+        return ("max_train_steps",) if self.max_train_epochs is not None else ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.full_fp16 and self.full_bf16:
+            problems.append("--full_fp16 and --full_bf16 exclude each other; keep the one of --mixed_precision")
+        for precision in ("fp16", "bf16"):
+            if getattr(self, f"full_{precision}") and self.mixed_precision != precision:
+                problems.append(
+                    f"--full_{precision} needs --mixed_precision {precision}, but it is {self.mixed_precision}"
+                )
+        if problems:
+            raise ConfigError("\n".join(problems))

@@ -1,0 +1,135 @@
+"""Options that people know from elsewhere and that nothing here honours: the reason, or the replacement.
+
+What one model family lacks stands in the family's own ``UNSUPPORTED``, and what the datasets lack in ``config.data``.
+"""
+
+from collections.abc import Mapping
+
+_SHARDING = (
+    "each process holds the whole base model, and an adapter's optimizer state is too small to share out. Start the "
+    "processes with `accelerate launch` and remove it"
+)
+_HUB = "nothing is uploaded while training. Upload the result with `hf upload <repo> <file>`"
+_EXACT_RESUME = "--resume always goes on exactly where the state was saved, data order included. Remove it"
+_QUANTISED = "the base model can't be stored quantised. Use --mixed_precision bf16 with --gradient_checkpointing"
+_EMA = "no moving average of the weights is kept. Use the checkpoints of --save_every_n_steps"
+_IN_PROMPTS = "each line of the --sample_prompts file says it for its picture"
+_IN_DATASET = "the dataset TOML says it; see --dataset_config"
+
+REASONS: dict[str, str] = {
+    "fused_backward_pass": "gradients are needed whole, to clip and to sum them over processes. Remove it",
+    "fp8_base": _QUANTISED,
+    "fp8_base_unet": _QUANTISED,
+    "cpu_offload_checkpointing": (
+        "checkpoints stay on the device. Use --gradient_checkpointing, whose inputs of blocks take little"
+    ),
+    "lowram": "parts are loaded one after another and leave memory when they are done, always. Remove it",
+    "highvram": "the device's memory is given back between the caching and the training only. Remove it",
+    "mem_eff_attn": "torch's own attention saves as much memory and is faster. Use --sdpa, or remove it",
+    "torch_compile": "the model isn't compiled. Remove it",
+    "dynamo_backend": "the model isn't compiled. Remove it",
+    "huggingface_repo_id": _HUB,
+    "huggingface_repo_type": _HUB,
+    "huggingface_path_in_repo": _HUB,
+    "huggingface_token": _HUB,
+    "huggingface_repo_visibility": _HUB,
+    "save_state_to_huggingface": _HUB,
+    "async_upload": _HUB,
+    "resume_from_huggingface": (
+        "a state is resumed from a folder. Fetch it with `hf download <repo> --local-dir <folder>`, then --resume "
+        "<folder>"
+    ),
+    "output_config": "--dry_run prints the resolved configuration as TOML, and each run writes one beside its output",
+    "skip_until_initial_step": _EXACT_RESUME,
+    "initial_step": _EXACT_RESUME,
+    "initial_epoch": _EXACT_RESUME,
+    "ddp_gradient_as_bucket_view": "gradients are summed without DistributedDataParallel's buckets. Remove it",
+    "ddp_static_graph": "gradients are summed without DistributedDataParallel's graph. Remove it",
+    "deepspeed": _SHARDING,
+    "zero_stage": _SHARDING,
+    "offload_optimizer_device": _SHARDING,
+    "offload_optimizer_nvme_path": _SHARDING,
+    "offload_param_device": _SHARDING,
+    "offload_param_nvme_path": _SHARDING,
+    "zero3_init_flag": _SHARDING,
+    "zero3_save_16bit_model": _SHARDING,
+    "fp16_master_weights_and_gradients": _SHARDING,
+    # SimpleTuner's
+    "model_type": "the script says it: <model>_train_network.py trains adapters",
+    "model_family": "the script says it: sd3_train_network.py is for Stable Diffusion 3 and 3.5",
+    "base_model_precision": _QUANTISED,
+    "text_encoder_1_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
+    "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
+    "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
+    "quantize_via": _QUANTISED,
+    "use_ema": _EMA,
+    "ema_decay": _EMA,
+    "validation_preview": "samples are shown when they are finished. Remove it",
+    "validation_preview_steps": "samples are shown when they are finished. Remove it",
+    "validation_prompt": "prompts stand in a file. Write it there and name the file by --sample_prompts",
+    "user_prompt_library": "prompts stand in a file, one per line. Name it by --sample_prompts",
+    "validation_resolution": f"{_IN_PROMPTS}: --w 1024 --h 768",
+    "validation_guidance": f"{_IN_PROMPTS}: --l 4.5",
+    "validation_num_inference_steps": f"{_IN_PROMPTS}: --s 30",
+    "validation_negative_prompt": f"{_IN_PROMPTS}: --n blurry",
+    "num_validation_images": f"{_IN_PROMPTS}: repeat the line with another seed (--d)",
+    "instance_prompt": f"{_IN_DATASET} (class_tokens)",
+    "caption_strategy": "captions come from text files beside the pictures; see --caption_extension",
+    "minimum_image_size": "every picture of a folder is used. Move the small ones into a folder of their own",
+    "vae_cache_disable": "latents are encoded anew at each step unless --cache_latents is given. Remove it",
+    "vae_dtype": "the VAE runs in --mixed_precision, or in fp32 with --no_half_vae",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "webhook_config": "numbers go to --log_with and to the JSON-lines file beside the output. Remove it",
+    "attention_mechanism": "use --sdpa (the default) or --xformers",
+    "snr_gamma": "it weights the losses of noise-prediction models. Remove it, or see --weighting_scheme",
+    "checkpoints_total_limit": "the limit is counted in steps: --save_last_n_steps",
+}
+"""Option -> the end of ``--name is not supported: ...``."""
+
+RENAMED: dict[str, str] = {
+    "data_backend_config": "dataset_config",
+    "lora_rank": "network_dim",
+    "lora_alpha": "network_alpha",
+    "lora_dropout": "network_dropout",
+    "lora_type": "network_module",
+    "init_lora": "network_weights",
+    "lora_format": "save_format",
+    "optimizer": "optimizer_type",
+    "optimizer_config": "optimizer_args",
+    "validation_steps": "sample_every_n_steps",
+    "validation_epochs": "sample_every_n_epochs",
+    "caption_dropout_probability": "caption_dropout_rate",
+    "tokenizer_max_length": "t5xxl_max_token_length",
+    "text_encoder_3_max_length": "t5xxl_max_token_length",
+    "flow_sigmoid_scale": "sigmoid_scale",
+    "cache_dir_text": "cache_dir",
+    "lr_num_cycles": "lr_scheduler_num_cycles",
+    "lr_power": "lr_scheduler_power",
+    "lr_end": "lr_scheduler_min_lr_ratio",
+    "dataloader_num_workers": "max_data_loader_n_workers",
+    "batch_size": "train_batch_size",
+    "num_repeats": "dataset_repeats",
+    "huber_loss_c": "huber_c",
+    "lr": "learning_rate",
+    "epochs": "max_train_epochs",
+    "config": "config_file",
+}
+"""Option of another trainer -> its name here."""
+
+
+def refusals(*tables: Mapping[str, str], family: str, family_table: Mapping[str, str]) -> dict[str, str]:
+    """This joins the tables of refused options.
+
+    Args:
+        tables: Reasons for every family, such as ``config.data.UNSUPPORTED``.
+        family: The family's name.
+        family_table: The family's own reasons; they go first.
+
+    Returns:
+        Option -> the rest of the sentence that starts with its name.
+    """
+    joined = {name: f"is called --{new} here" for name, new in RENAMED.items()}
+    for table in (REASONS, *reversed(tables)):
+        joined |= {name: f"is not supported: {reason}" for name, reason in table.items()}
+    return joined | {name: f"does nothing for {family}: {reason}" for name, reason in family_table.items()}

@@ -1,0 +1,138 @@
+"""The rules that span groups, and what follows from other options."""
+
+import dataclasses
+import json
+
+import pytest
+
+from library.config.command_line import read_command_line
+from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.options import option_values
+from library.config.run import make_run_config, training_groups
+from library.families import family_options
+from library.records import Resolution
+
+
+def run_config(*argv, datasets=None, network=True):
+    groups = training_groups(family_options("sd3"), network=network)
+    line = read_command_line(groups, argv)
+    assert not line.problems
+    datasets = (dataset(),) if datasets is None else datasets
+    return make_run_config("sd3", "sd3_train_network.py", line.groups, line.provenance, datasets)
+
+
+def dataset(validation_split=0.0, **subset):
+    return DatasetConfig(
+        resolution=Resolution(512, 512),
+        validation_split=validation_split,
+        subsets=(SubsetConfig(image_dir="cats", **subset),),
+    )
+
+
+def test_nothing_contradicts_the_defaults():
+    assert run_config().problems() == []
+
+
+CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
+
+
+@pytest.mark.parametrize(
+    ("argv", "subset", "problem"),
+    [
+        (["--cache_text_encoder_outputs"], {}, "--network_train_unet_only"),
+        (CACHED, {"shuffle_caption": True}, "shuffle_caption of datasets[0].subsets[0] (cats) shuffles tags"),
+        (CACHED, {"caption_tag_dropout_rate": 0.1}, "caption_tag_dropout_rate"),
+        (CACHED, {"enable_wildcard": True}, "enable_wildcard"),
+        (CACHED, {"token_warmup_step": 0.5}, "token_warmup_step"),
+        (["--network_train_unet_only", "--text_encoder_lr", "1e-5"], {}, "--text_encoder_lr"),
+        (["--network_train_text_encoder_only", "--unet_lr", "1e-5"], {}, "--unet_lr"),
+        (["--network_train_text_encoder_only", "--text_encoder_lr", "0"], {}, "leaves nothing to train"),
+        (["--max_train_steps", "10", "--max_train_epochs", "1"], {}, "both say how long; keep one"),
+        (["--validate_every_n_steps", "10"], {}, "--validate_every_n_steps needs held-out pictures"),
+        (["--max_validation_steps", "10"], {}, "--max_validation_steps needs held-out pictures"),
+        (["--validation_seed", "10"], {}, "--validation_seed does nothing without held-out pictures"),
+        (["--prior_loss_weight", "0.5"], {}, "--prior_loss_weight does nothing without regularisation"),
+        (["--vae_batch_size", "4"], {}, "--vae_batch_size does nothing without --cache_latents"),
+        (["--text_encoder_batch_size", "4"], {}, "does nothing without --cache_text_encoder_outputs"),
+        (["--network_weights", "no.safetensors"], {}, "--network_weights no.safetensors: no such file"),
+        (["--base_weights", "a.safetensors"], {}, "--base_weights a.safetensors: no such file"),
+        (["--metadata_thumbnail", "a.png"], {}, "--metadata_thumbnail a.png: no such file"),
+        (["--resume", "nowhere-state"], {}, "--resume nowhere-state: no such folder"),
+        (["--loss_type", "huber", "--huber_schedule", "snr"], {}, "--huber_schedule snr does nothing"),
+    ],
+)
+def test_contradictions_between_groups(argv, subset, problem):
+    problems = run_config(*argv, datasets=(dataset(**subset),)).problems()
+    assert len(problems) == 1
+    assert problem in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "subset"),
+    [
+        (CACHED, {"caption_dropout_rate": 0.1, "keep_tokens": 2}),
+        (["--cache_text_encoder_outputs", "--text_encoder_lr", "0"], {}),
+        ([], {"shuffle_caption": True, "enable_wildcard": True}),
+        (["--prior_loss_weight", "0.5"], {"is_reg": True}),
+        (["--cache_latents_to_disk", "--vae_batch_size", "4"], {}),
+        (["--loss_type", "huber"], {}),
+    ],
+)
+def test_what_fits_together(argv, subset):
+    assert run_config(*argv, datasets=(dataset(**subset),)).problems() == []
+
+
+def test_validation_with_held_out_pictures():
+    argv = ("--validate_every_n_steps", "10", "--max_validation_steps", "3", "--validation_seed", "1")
+    assert run_config(*argv, datasets=(dataset(), dataset(validation_split=0.1))).problems() == []
+
+
+def test_typed_epochs_win_over_the_files_steps(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("max_train_steps = 10")
+    assert run_config("--config_file", str(path), "--max_train_epochs", "2").problems() == []
+    path.write_text("max_train_steps = 10\nmax_train_epochs = 2")
+    assert len(run_config("--config_file", str(path)).problems()) == 1
+
+
+def test_all_at_once():
+    problems = run_config("--cache_text_encoder_outputs", "--vae_batch_size", "4", "--validation_seed", "1").problems()
+    assert len(problems) == 3
+
+
+def test_learning_rate_of_adapters_is_derived():
+    config = run_config()
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.provenance["learning_rate"].startswith("derived: ")
+    assert run_config("--learning_rate", "1e-5").optimizer.learning_rate == 1e-5
+
+
+def test_a_full_fine_tune_names_its_learning_rate():
+    config = run_config(network=False)
+    assert config.network is None
+    assert [problem.split()[0] for problem in config.problems()] == ["--learning_rate"]
+    assert run_config("--learning_rate", "1e-5", network=False).problems() == []
+    problems = run_config("--learning_rate", "1e-5", "--unet_lr", "1e-5", network=False).problems()
+    assert problems == ["--unet_lr is for adapters; a full fine-tune has --learning_rate alone"]
+
+
+def test_who_trains_text_encoders():
+    assert run_config().trains_text_encoders
+    assert not run_config("--network_train_unet_only").trains_text_encoders
+    assert not run_config("--text_encoder_lr", "0").trains_text_encoders
+    assert not run_config("--learning_rate", "1", network=False).trains_text_encoders
+
+
+def test_all_values_as_json_without_secrets():
+    config = run_config("--log_with", "wandb", "--wandb_api_key", "hunter2", "--text_encoder_lr", "1e-5", "2e-5")
+    values = config.as_dict()
+    assert "hunter2" not in json.dumps(values)
+    assert values["text_encoder_lr"] == [1e-5, 2e-5]
+    assert len(values) == len([1 for declared, _ in option_values(config)]) - 1
+
+
+def test_groups_are_attributes_of_the_configuration():
+    config = run_config()
+    for attribute, group in training_groups(family_options("sd3"), network=True).items():
+        assert isinstance(getattr(config, attribute), group)
+    assert dataclasses.is_dataclass(config)
