@@ -1,0 +1,255 @@
+"""How the single file's tensors are named and laid out in diffusers' folders, for the denoiser and the VAE.
+
+Diffusers keeps three layers where the single file has one fused ``qkv``, wants (scale, shift) where the single file
+stores (shift, scale) in the two layers that have no gate, and has linear layers where the VAE's attention has 1x1
+convolutions. Everything else is a matter of names.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.records import FusedLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Operation = Literal["copy", "split", "swap", "squeeze"]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """One tensor of ours and what diffusers makes of it.
+
+    Attributes:
+        ours: Name in the single file, without prefix.
+        theirs: Names in diffusers' file: three for ``split``, otherwise one.
+        operation: ``split`` cuts the rows in three, ``swap`` exchanges their halves, ``squeeze`` drops a 1x1 kernel.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    operation: Operation
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One layer (weight and bias) of ours and its counterparts in diffusers, by module path."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    operation: Operation = "copy"
+
+
+_EMBEDDERS = (
+    LayerMap("x_embedder.proj", ("pos_embed.proj",)),
+    LayerMap("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
+    LayerMap("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
+    LayerMap("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
+    LayerMap("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
+    LayerMap("context_embedder", ("context_embedder",)),
+)
+
+_FINAL_LAYER = (
+    LayerMap("final_layer.linear", ("proj_out",)),
+    LayerMap("final_layer.adaLN_modulation.1", ("norm_out.linear",), "swap"),
+)
+
+_EVERY_BLOCK = (
+    LayerMap("x_block.adaLN_modulation.1", ("norm1.linear",)),
+    LayerMap("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v"), "split"),
+    LayerMap("x_block.attn.proj", ("attn.to_out.0",)),
+    LayerMap("x_block.mlp.fc1", ("ff.net.0.proj",)),
+    LayerMap("x_block.mlp.fc2", ("ff.net.2",)),
+    LayerMap("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "split"),
+)
+
+_DUAL_BLOCK = (
+    LayerMap("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "split"),
+    LayerMap("x_block.attn2.proj", ("attn2.to_out.0",)),
+)
+
+_ALL_BUT_LAST_BLOCK = (
+    LayerMap("context_block.adaLN_modulation.1", ("norm1_context.linear",)),
+    LayerMap("context_block.attn.proj", ("attn.to_add_out",)),
+    LayerMap("context_block.mlp.fc1", ("ff_context.net.0.proj",)),
+    LayerMap("context_block.mlp.fc2", ("ff_context.net.2",)),
+)
+
+_LAST_BLOCK = (LayerMap("context_block.adaLN_modulation.1", ("norm1_context.linear",), "swap"),)
+
+_QK_NORMS = {
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+}
+_DUAL_QK_NORMS = {"x_block.attn2.ln_q": "attn2.norm_q", "x_block.attn2.ln_k": "attn2.norm_k"}
+
+_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
+_VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def denoiser_layers(*, depth: int, dual_attention_blocks: Sequence[int]) -> tuple[LayerMap, ...]:
+    """This lists the denoiser's layers that have a weight and a bias, in both spellings.
+
+    Args:
+        depth: Number of joint blocks.
+        dual_attention_blocks: Blocks with a second attention.
+    """
+    layers = list(_EMBEDDERS)
+    for i in range(depth):
+        dual = _DUAL_BLOCK if i in dual_attention_blocks else ()
+        for layer in _EVERY_BLOCK + dual + (_LAST_BLOCK if i == depth - 1 else _ALL_BUT_LAST_BLOCK):
+            theirs = tuple(f"transformer_blocks.{i}.{name}" for name in layer.theirs)
+            layers.append(LayerMap(f"joint_blocks.{i}.{layer.ours}", theirs, layer.operation))
+    return (*layers, *_FINAL_LAYER)
+
+
+def denoiser_key_maps(*, depth: int, qk_norm: bool, dual_attention_blocks: Sequence[int]) -> tuple[KeyMap, ...]:
+    """This lists every tensor of the denoiser in both spellings.
+
+    Args:
+        depth: Number of joint blocks.
+        qk_norm: Whether queries and keys are normalised.
+        dual_attention_blocks: Blocks with a second attention.
+    """
+    maps = [KeyMap("pos_embed", ("pos_embed.pos_embed",), "copy")]
+    maps += _tensors(denoiser_layers(depth=depth, dual_attention_blocks=dual_attention_blocks))
+    for i in range(depth if qk_norm else 0):
+        norms = _QK_NORMS | (_DUAL_QK_NORMS if i in dual_attention_blocks else {})
+        for ours, theirs in norms.items():
+            names = f"joint_blocks.{i}.{ours}.weight", (f"transformer_blocks.{i}.{theirs}.weight",)
+            maps.append(KeyMap(*names, "copy"))
+    return tuple(maps)
+
+
+def fused_linears(*, depth: int, dual_attention_blocks: Sequence[int]) -> dict[str, FusedLinear]:
+    """This maps the denoiser's layers, by our module path, to what diffusers has in their place: what adapters need.
+
+    Args:
+        depth: Number of joint blocks.
+        dual_attention_blocks: Blocks with a second attention.
+    """
+    layers = denoiser_layers(depth=depth, dual_attention_blocks=dual_attention_blocks)
+    return {layer.ours: FusedLinear(layer.theirs, swap_halves=layer.operation == "swap") for layer in layers}
+
+
+def vae_key_maps(*, level_widths: Sequence[int], blocks_per_level: int) -> tuple[KeyMap, ...]:
+    """This lists every tensor of the VAE in both spellings.
+
+    Args:
+        level_widths: Features per level, from full resolution to latent resolution.
+        blocks_per_level: Residual blocks per level of the encoder; the decoder has one more.
+    """
+    last = len(level_widths) - 1
+    layers: list[LayerMap] = []
+    for half in ("encoder", "decoder"):
+        layers += [LayerMap(f"{half}.{name}", (f"{half}.{name}",)) for name in ("conv_in", "conv_out")]
+        layers.append(LayerMap(f"{half}.norm_out", (f"{half}.conv_norm_out",)))
+        layers += _resnet(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0")
+        layers += _resnet(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1")
+        layers += _vae_attention(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0")
+    for level, width in enumerate(level_widths):
+        down, down_block = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        up, up_block = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
+        for i in range(blocks_per_level):
+            shortcut = i == 0 and width != level_widths[max(level - 1, 0)]
+            layers += _resnet(f"{down}.block.{i}", f"{down_block}.resnets.{i}", shortcut)
+        for i in range(blocks_per_level + 1):
+            shortcut = i == 0 and width != level_widths[min(level + 1, last)]
+            layers += _resnet(f"{up}.block.{i}", f"{up_block}.resnets.{i}", shortcut)
+        if level < last:
+            layers.append(LayerMap(f"{down}.downsample.conv", (f"{down_block}.downsamplers.0.conv",)))
+        if level > 0:
+            layers.append(LayerMap(f"{up}.upsample.conv", (f"{up_block}.upsamplers.0.conv",)))
+    return tuple(_tensors(layers))
+
+
+def to_diffusers(tensors: "Mapping[str, Tensor]", maps: Sequence[KeyMap]) -> "Iterator[tuple[str, Tensor]]":
+    """This gives our tensors in diffusers' names and layouts, one at a time; most are views.
+
+    Args:
+        tensors: By our name. Each is looked up once, when its turn comes, so a mapping may load lazily.
+        maps: Of the model: ``denoiser_key_maps`` or ``vae_key_maps``.
+
+    Raises:
+        ValueError: A tensor is missing, or one has no counterpart.
+    """
+    _check_names(tensors, {entry.ours for entry in maps})
+    for entry in maps:
+        yield from zip(entry.theirs, _outward(entry, tensors[entry.ours]))
+
+
+def from_diffusers(tensors: "Mapping[str, Tensor]", maps: Sequence[KeyMap]) -> "Iterator[tuple[str, Tensor]]":
+    """This is the inverse of ``to_diffusers``.
+
+    Args:
+        tensors: By diffusers' name. Each is looked up once, when its turn comes, so a mapping may load lazily.
+        maps: Of the model: ``denoiser_key_maps`` or ``vae_key_maps``.
+
+    Raises:
+        ValueError: A tensor is missing, or one has no counterpart.
+    """
+    _check_names(tensors, {name for entry in maps for name in entry.theirs})
+    for entry in maps:
+        yield entry.ours, _inward(entry, [tensors[name] for name in entry.theirs])
+
+
+def swap_halves(rows: "Tensor") -> "Tensor":
+    """This exchanges the first and the second half of a tensor's rows; it is its own inverse."""
+    import torch
+
+    first, second = rows.chunk(2)
+    return torch.cat([second, first])
+
+
+def _outward(entry: KeyMap, tensor: "Tensor") -> "Sequence[Tensor]":
+    if entry.operation == "split":
+        return tensor.chunk(len(entry.theirs))
+    if entry.operation == "swap":
+        return [swap_halves(tensor)]
+    if entry.operation == "squeeze":
+        return [tensor[:, :, 0, 0]]
+    return [tensor]
+
+
+def _inward(entry: KeyMap, parts: "Sequence[Tensor]") -> "Tensor":
+    if entry.operation == "split":
+        import torch
+
+        return torch.cat(list(parts))
+    if entry.operation == "swap":
+        return swap_halves(parts[0])
+    if entry.operation == "squeeze":
+        return parts[0][:, :, None, None]
+    return parts[0]
+
+
+def _tensors(layers: Sequence[LayerMap]) -> Iterator[KeyMap]:
+    for layer in layers:
+        for kind in ("weight", "bias"):
+            operation = "copy" if layer.operation == "squeeze" and kind == "bias" else layer.operation
+            theirs = tuple(f"{name}.{kind}" for name in layer.theirs)
+            yield KeyMap(f"{layer.ours}.{kind}", theirs, operation)
+
+
+def _resnet(ours: str, theirs: str, shortcut: bool = False) -> Iterator[LayerMap]:
+    names = _RESNET | ({"nin_shortcut": "conv_shortcut"} if shortcut else {})
+    for our_name, their_name in names.items():
+        yield LayerMap(f"{ours}.{our_name}", (f"{theirs}.{their_name}",))
+
+
+def _vae_attention(ours: str, theirs: str) -> Iterator[LayerMap]:
+    yield LayerMap(f"{ours}.norm", (f"{theirs}.group_norm",))
+    for our_name, their_name in _VAE_ATTENTION.items():
+        yield LayerMap(f"{ours}.{our_name}", (f"{theirs}.{their_name}",), "squeeze")
+
+
+def _check_names(names: Mapping[str, object], expected: set[str]) -> None:
+    if missing := sorted(expected - set(names)):
+        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}; the file is incomplete")
+    if unknown := sorted(set(names) - expected):
+        raise ValueError(
+            f"{len(unknown)} tensors have no counterpart, such as {unknown[0]}; the file is of another model"
+        )
