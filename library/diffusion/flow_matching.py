@@ -1,0 +1,90 @@
+"""Flow matching (Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003).
+
+``x_t = (1 - sigma) x_0 + sigma noise``; the denoiser answers with the velocity ``noise - x_0``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.config.flow import FlowConfig
+from library.config.loss import LossConfig
+from library.diffusion import timesteps
+from library.diffusion.loss import elementwise, weight
+from library.records import NoisedLatents
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The objective of a flow-matching family (``library.families.protocols.Objective``).
+
+    Attributes:
+        flow: Which noise levels are trained, and their weights.
+        loss_options: How a difference is measured.
+    """
+
+    flow: FlowConfig
+    loss_options: LossConfig
+
+    def sigmas(self, uniform: Tensor, *, tokens: int) -> Tensor:
+        """Noise levels (B,), fp32, in (0, 1].
+
+        Args:
+            uniform: One number of the open interval (0, 1) per row (B,), fp64.
+            tokens: Tokens per picture, which ``--flow_schedule_auto_shift`` depends on.
+        """
+        u = uniform.double()
+        if self.flow.density == "logit_normal":
+            u = timesteps.logit_normal(u, self.flow.logit_mean, self.flow.logit_std)
+        elif self.flow.density == "mode":
+            u = timesteps.mode(u, self.flow.mode_scale)
+        elif self.flow.density == "sigmoid":
+            u = timesteps.logit_normal(u, 0.0, self.flow.sigmoid_scale)
+        automatic = self.flow.flow_schedule_auto_shift
+        u = timesteps.shift(u, timesteps.shift_for_tokens(tokens) if automatic else self.flow.training_shift)
+        low, high = self.flow.sigma_range
+        return (low + (high - low) * u).clamp(timesteps.SMALLEST_SIGMA, 1.0).float()
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor) -> NoisedLatents:
+        """The noised latents, fp32.
+
+        Args:
+            x_0: Clean, normalised latents (B, C, h, w).
+            noise: Gaussian noise (B, C, h, w).
+            sigma: Noise levels (B,).
+        """
+        x_0, noise = x_0.float(), noise.float()
+        sigma = sigma.to(x_0.device, torch.float32)
+        s = sigma.view(-1, 1, 1, 1)
+        return NoisedLatents(x_t=(1 - s) * x_0 + s * noise, sigma=sigma, x_0=x_0, noise=noise)
+
+    def loss(self, prediction: Tensor, noised: NoisedLatents) -> Tensor:
+        """Loss per element (B, C, h, w), fp32, weighted by noise level.
+
+        Args:
+            prediction: The denoiser's velocity (B, C, h, w).
+            noised: What it was asked about, with ``x_0`` and ``noise``.
+        """
+        if noised.x_0 is None or noised.noise is None:
+            raise ValueError("the loss needs x_0 and noise of the noised latents, but they are None")
+        velocity_error = prediction.float() - (noised.noise.float() - noised.x_0.float())
+        if self.flow.weighting_scheme == "sigma_sqrt" and self.loss_options.loss_type == "l2":
+            return velocity_error**2  # sigma^2 and sigma^-2 cancel; multiplying both would lose digits at small sigma
+        sigma = noised.sigma.float().view(-1, 1, 1, 1)
+        x_0_error = sigma * velocity_error  # of the estimate x_t - sigma * prediction, up to the sign
+        return elementwise(self.loss_options, x_0_error, sigma) * weight(self.flow.weighting_scheme, sigma)
+
+
+def x_0_estimate(x_t: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """This follows the velocity all the way to the clean latents.
+
+    Args:
+        x_t: Noised latents.
+        velocity: The denoiser's answer, of the shape of ``x_t``.
+        sigma: The noise level of ``x_t``.
+
+    Returns:
+        The estimate of x_0, fp32, of the shape of ``x_t``.
+    """
+    return x_t.float() - sigma * velocity.float()

@@ -1,0 +1,65 @@
+"""Loss per element, with kohya's formulas: they compare estimates of x_0."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from library.config.loss import LossConfig
+
+
+def weight(scheme: str, sigma: Tensor) -> Tensor:
+    """This gives the weight of the x_0 loss at each noise level, by ``--weighting_scheme``.
+
+    Args:
+        scheme: One of ``library.config.flow.WEIGHTING_SCHEMES``.
+        sigma: Noise levels above 0.
+
+    Returns:
+        Weights, of the shape of ``sigma``.
+    """
+    if scheme == "sigma_sqrt":
+        return sigma**-2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def huber_parameter(config: LossConfig, sigma: Tensor) -> Tensor:
+    """This gives c of huber and smooth_l1 at each noise level, by ``--huber_schedule``.
+
+    Args:
+        config: The loss options; no schedule means constant.
+        sigma: Noise levels.
+
+    Returns:
+        c, of the shape of ``sigma``.
+    """
+    if config.huber_schedule in (None, "constant"):
+        return torch.full_like(sigma, config.huber_c * config.huber_scale)
+    if config.huber_schedule == "exponential":
+        return torch.exp(math.log(config.huber_c) * sigma) * config.huber_scale
+    raise ValueError(f"huber_schedule {config.huber_schedule!r} is not for flow matching; use constant or exponential")
+
+
+def elementwise(config: LossConfig, difference: Tensor, sigma: Tensor) -> Tensor:
+    """This measures each element of the difference, by ``--loss_type``.
+
+    ``sqrt(d^2 + c^2) - c`` is computed as ``d^2 / (sqrt(d^2 + c^2) + c)``, which keeps its digits when d is small.
+
+    Args:
+        config: The loss options.
+        difference: Estimate of x_0 minus x_0.
+        sigma: Noise levels; broadcastable to ``difference``.
+
+    Returns:
+        The loss, of the shape of ``difference``.
+    """
+    if config.loss_type == "l2":
+        return difference**2
+    if config.loss_type == "l1":
+        return difference.abs()
+    c = huber_parameter(config, sigma)
+    squared = difference**2
+    pseudo_huber = 2 * squared / (torch.sqrt(squared + c**2) + c)
+    return c * pseudo_huber if config.loss_type == "huber" else pseudo_huber

@@ -1,0 +1,208 @@
+"""What generate.py does: options to a checked list of pictures, then the pictures. Nothing loads before the check."""
+
+import dataclasses
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.config.command_line import CommandLine, help_text, read_command_line
+from library.config.errors import ConfigError
+from library.config.generate import GenerateConfig
+from library.config.memory import MemoryConfig
+from library.config.model import ModelConfig
+from library.config.options import DEFAULT
+from library.families import FAMILIES, family_files, family_options
+from library.io.architectures import find_architecture
+from library.io.parts import read_weights
+from library.records import ModelDescription
+from library.sampling.prompts import PromptRequest, check_side, complete, read_prompts
+from library.version import VERSION
+
+WRONG_USAGE, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRun:
+    """What a run of generate.py does; a family is created from it.
+
+    Attributes:
+        family_name: In the registry.
+        description: What the files said about the model.
+        requests: The pictures, in order.
+        model: Where the base model lies.
+        family: The family's own options.
+        generate: Adapters, precision, device, output.
+        memory: The attention.
+        flow: Defaults; nothing is trained.
+        loss: Defaults; nothing is trained.
+    """
+
+    family_name: str
+    description: ModelDescription
+    requests: tuple[PromptRequest, ...]
+    model: ModelConfig
+    family: Any
+    generate: GenerateConfig
+    memory: MemoryConfig
+    flow: Any = None
+    loss: Any = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """This parses, checks everything, then makes the pictures.
+
+    Args:
+        argv: The arguments after the script's name; by default the process's own.
+
+    Returns:
+        The exit code: 0, 2 for what the user can fix, 130 after Ctrl-C.
+    """
+    try:
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except ConfigError as error:
+        for problem in str(error).splitlines():
+            print(f"error: {problem}", file=sys.stderr)
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    groups: dict[str, type] = {"model": ModelConfig, "generate": GenerateConfig}
+    known = read_command_line(groups, argv)  # to find the family; its options are unknown words as yet
+    name = _family_name(known)
+    options = family_options(name)
+    groups = {"model": ModelConfig, "family": options.OPTIONS, "generate": GenerateConfig}
+    if known.invocation.help:
+        description = f"Pictures from prompts: the base model, with or without adapters ({options.TITLE})."
+        print(help_text(groups, program="generate.py", description=description), end="")
+        return 0
+    if known.invocation.version:
+        print(f"atelier {VERSION}")
+        return 0
+    command_line = read_command_line(groups, argv)
+    run = checked_run(name, command_line)
+    if command_line.invocation.dry_run:
+        print(f"model: {run.description.title}")
+        for request in run.requests:
+            print(dataclasses.asdict(request))
+        print("nothing was loaded or written (--dry_run)")
+        return 0
+
+    from library.sampling.generation import make_pictures
+
+    make_pictures(run)
+    return 0
+
+
+def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
+    """This joins what was parsed, and checks all that needs no weights.
+
+    Raises:
+        ConfigError: All that is wrong, one line each.
+    """
+    groups, options = command_line.groups, family_options(family_name)
+    model, family, generate = groups["model"], groups["family"], groups["generate"]
+    problems = list(command_line.problems)
+    problems += [
+        f"--{name} does nothing here: it acts in training only. Remove it"
+        for name in options.TRAINING_ONLY
+        if command_line.provenance[name] != DEFAULT
+    ]
+    if not problems:
+        if not generate.prompt and generate.sample_prompts is None:
+            problems.append(
+                '--prompt is missing; say what to show, --prompt "a photo of a cat", or add --sample_prompts'
+            )
+        problems += family_files(family_name).problems(model, family)
+        for path in generate.network_weights:
+            if not Path(path).is_file():
+                problems.append(f"--network_weights {path}: no such file")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    files = family_files(family_name)
+    description = files.describe(files.locate(model, family))
+    return GenerateRun(
+        family_name=family_name,
+        description=description,
+        requests=picture_requests(generate, description, options.RESOLUTION_STEP),
+        model=model,
+        family=family,
+        generate=generate,
+        memory=MemoryConfig(sdpa=generate.sdpa, xformers=generate.xformers),
+        **{attribute: group() for attribute, group in options.OBJECTIVE_GROUPS.items()},
+    )
+
+
+def picture_requests(
+    generate: GenerateConfig, description: ModelDescription, resolution_step: int
+) -> tuple[PromptRequest, ...]:
+    """This lists every picture: the prompts of the command line, then those of the file, each so often as was asked.
+
+    Args:
+        generate: The options.
+        description: Its native resolution is the size where none is named.
+        resolution_step: Both sides must be multiples of this many pixels.
+
+    Raises:
+        ConfigError: A size can't be made, or the prompt file is wrong.
+    """
+    fallbacks: dict[str, Any] = {
+        "negative_prompt": "" if generate.scale == 1 else generate.negative_prompt,
+        "steps": generate.steps,
+        "scale": generate.scale,
+        "sampler": generate.sampler,
+        "seed": secrets.randbelow(2**32) if generate.seed is None else generate.seed,
+    }
+    for side in ("width", "height"):
+        if (value := getattr(generate, side)) is not None:
+            check_side(f"--{side}", value, resolution_step)
+            fallbacks[side] = value
+    native = description.native_resolution
+    requests = [
+        complete({**fallbacks, "prompt": prompt}, index, native_resolution=native, seed=fallbacks["seed"])
+        for index, prompt in enumerate(generate.prompt)
+    ]
+    if generate.sample_prompts is not None:
+        requests += read_prompts(
+            generate.sample_prompts,
+            native_resolution=native,
+            resolution_step=resolution_step,
+            seed=fallbacks["seed"],
+            fallbacks=fallbacks,
+        )
+    return tuple(
+        dataclasses.replace(request, seed=request.seed + number)
+        for request in requests
+        for number in range(generate.images_per_prompt)
+    )
+
+
+def _family_name(known: CommandLine) -> str:
+    """The family that was named, or that the base model's tensor names belong to.
+
+    An architecture's title starts with its family's name. What isn't recognised is left to the first family's checks,
+    which say what the file is.
+    """
+    named, path = known.groups["generate"].family, known.groups["model"].pretrained_model_name_or_path
+    if named is not None and named not in FAMILIES:
+        raise ConfigError(f"--family: expected one of {', '.join(FAMILIES)}, got {named!r}")
+    if named is not None or path is None:
+        return named or next(iter(FAMILIES))
+    found = _architecture_title(Path(path)).split()[0].lower()
+    return found if found in FAMILIES else next(iter(FAMILIES))
+
+
+def _architecture_title(path: Path) -> str:
+    folder = path / "transformer"  # a pipeline in diffusers' layout keeps the denoiser there
+    try:
+        headers = read_weights(folder if folder.is_dir() else path)
+    except ConfigError:
+        return "unreadable"
+    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
+    architecture = find_architecture(shapes, shapes)
+    return "unknown" if architecture is None else architecture.title

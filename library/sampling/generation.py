@@ -1,0 +1,148 @@
+"""A checked run of generate.py: load, encode, walk, save. The text encoders leave memory before the denoiser comes."""
+
+import gc
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from library.config.errors import ConfigError
+from library.config.sampling import SkipLayerGuidance
+from library.families import create_family
+from library.families.protocols import ModelFamily
+from library.records import TensorRecord
+from library.sampling.generate_command import GenerateRun
+from library.sampling.pictures import encode_prompts, generate, save_picture
+from networks.loading import adapter_components, load_adapter
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_pictures(run: GenerateRun) -> list[Path]:
+    """This makes every picture of the run and prints where each is.
+
+    Args:
+        run: What to do.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        ConfigError: The device, an adapter or a block number is wrong.
+    """
+    options = run.generate
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.mixed_precision, device)
+    family: ModelFamily = create_family(run.family_name, run)
+    changed = {path: adapter_components(path, family.adapter_targets) for path in options.network_weights}
+
+    texts = _encode(run, family, changed, device, dtype)
+    denoiser = family.load_denoiser(device=device, dtype=dtype)
+    _put_adapters(run, family, changed, {"denoiser": denoiser})
+    vae = family.load_vae(device=device, dtype=torch.float32 if options.no_half_vae else dtype)
+    skip = SkipLayerGuidance.of(options)
+    _check_layers(skip, len(family.blocks(denoiser)))
+
+    facts = {"model": Path(str(run.model.pretrained_model_name_or_path)).name} | _adapter_facts(run)
+    start = options.output_name or time.strftime("%Y%m%d-%H%M%S")
+    files = []
+    with tqdm(total=sum(request.steps for request in run.requests), unit="step") as bar:
+
+        def advance(step: int, x_0: Tensor) -> None:
+            bar.update()
+
+        for number, request in enumerate(run.requests):
+            image, settings = generate(
+                family,
+                denoiser,
+                vae,
+                texts,
+                request,
+                sampler=options.sampler,
+                device=device,
+                dtype=dtype,
+                skip=skip,
+                callback=advance,
+            )
+            path = Path(options.output_dir) / f"{start}_{number:03d}_{request.seed}.png"
+            save_picture(image, path, {**settings, **facts})
+            bar.write(str(path))
+            files.append(path)
+    return files
+
+
+def resolve_device(name: str) -> torch.device:
+    """This turns ``--device`` into a device that is there; ``auto`` takes an accelerator if any.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} can't be used ({reason}); auto takes what is there") from None
+    return device
+
+
+def resolve_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """This turns ``--mixed_precision`` into a type that the device computes in.
+
+    Raises:
+        ConfigError: It doesn't.
+    """
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise ConfigError("--mixed_precision fp16: CPUs have no fast fp16; use bf16, or no for fp32")
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("--mixed_precision bf16: this GPU has no bf16; use fp16")
+    return _DTYPES[mixed_precision]
+
+
+def _encode(
+    run: GenerateRun,
+    family: ModelFamily,
+    changed: Mapping[str, set[str]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, TensorRecord]:
+    """The conditioning of every text; the encoders are gone afterwards."""
+    encoders = family.load_text_encoders(device=device, dtype=dtype)
+    _put_adapters(run, family, changed, encoders)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        texts = encode_prompts(family.text_strategy(), encoders, run.requests)
+    encoders.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return texts
+
+
+def _put_adapters(
+    run: GenerateRun, family: ModelFamily, changed: Mapping[str, set[str]], roots: Mapping[str, nn.Module]
+) -> None:
+    """Add each adapter's share of ``roots``; the layers that it wraps keep it alive."""
+    for path, multiplier in zip(run.generate.network_weights, run.generate.multipliers):
+        if changed[path] & set(roots):
+            load_adapter(path, roots, family.adapter_targets, multiplier, partial=True)
+
+
+def _check_layers(skip: SkipLayerGuidance | None, count: int) -> None:
+    if skip is not None and max(skip.layers) >= count:
+        raise ConfigError(
+            f"--validation_guidance_skip_layers {max(skip.layers)}: the denoiser has blocks 0 to {count - 1}"
+        )
+
+
+def _adapter_facts(run: GenerateRun) -> dict[str, str]:
+    options = run.generate
+    pairs = zip(options.network_weights, options.multipliers)
+    adapters = ", ".join(f"{Path(path).name} x {multiplier:g}" for path, multiplier in pairs)
+    return {"network": adapters} if adapters else {}

@@ -1,0 +1,190 @@
+"""Pictures from prompts: encode the texts, walk from noise to latents, decode, save."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+from library.config.sampling import SkipLayerGuidance
+from library.diffusion.flow_matching import x_0_estimate
+from library.diffusion.samplers import SAMPLERS, Callback
+from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.io.atomic import atomic_path
+from library.records import NoisedLatents, TensorRecord
+from library.sampling.prompts import PromptRequest
+
+Settings = Mapping[str, str | int | float]
+
+
+@torch.no_grad()
+def encode_prompts(
+    strategy: TextEncodingStrategy, encoders: Mapping[str, nn.Module], requests: Sequence[PromptRequest]
+) -> dict[str, TensorRecord]:
+    """This encodes every distinct text of the requests, one after another.
+
+    The empty text is the unconditional one: it goes through the strategy's ``drop``, as a dropped caption in training.
+
+    Args:
+        strategy: How captions become conditioning.
+        encoders: The text encoders by name.
+        requests: What to make.
+
+    Returns:
+        Per text a record with one row, on the CPU.
+    """
+    texts = {}
+    for text in dict.fromkeys(text for request in requests for text in request.texts):
+        record = strategy.encode(encoders, strategy.tokenize([text]))
+        if not text:
+            device = next(iter(record.tensors().values())).device
+            record = strategy.drop(record, torch.ones(1, dtype=torch.bool, device=device))
+        texts[text] = record.to("cpu")
+    return texts
+
+
+@torch.no_grad()
+def generate(
+    family: ModelFamily,
+    denoiser: nn.Module,
+    vae: nn.Module,
+    texts: Mapping[str, TensorRecord],
+    request: PromptRequest,
+    *,
+    sampler: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    skip: SkipLayerGuidance | None = None,
+    callback: Callback | None = None,
+) -> tuple[Image.Image, dict[str, str | int | float]]:
+    """This makes one picture. The noise is drawn on the CPU, so a seed means the same picture on every device.
+
+    Args:
+        family: The model's parts.
+        denoiser: On ``device``, in eval mode.
+        vae: On ``device``; it decodes in its own dtype.
+        texts: What ``encode_prompts`` gave.
+        request: What to make.
+        sampler: Used where the request names none.
+        device: Where to compute.
+        dtype: What the denoiser computes in; the latents stay in fp32 from step to step.
+        skip: Skip-layer guidance, or None.
+        callback: Called after each step with its number and the estimate of x_0.
+
+    Returns:
+        The picture, and the settings that made it.
+    """
+    device = torch.device(device)
+    latent_format = family.latents.format
+    shape = (1, latent_format.channels, *latent_format.latent_size(request.resolution))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(device)  # (1, C, h, w)
+    sigmas = family.sampling_sigmas(request.steps, request.resolution)
+    conditions = [texts[text].to(device, dtype) for text in request.texts]
+    guided = _GuidedDenoiser(family, denoiser, conditions, request.scale, skip, sigmas.tolist())
+    name = request.sampler or sampler
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        latents = SAMPLERS[name](guided, noise, sigmas, callback=callback)
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"the latents of {request.prompt!r} (seed {request.seed}) are not finite in {dtype}; use bf16 or fp32"
+        )
+    vae_dtype = next(vae.parameters()).dtype
+    with torch.autocast(device.type, enabled=False):
+        pixels = family.latents.decode(vae, latents.to(vae_dtype))  # (1, 3, H, W)
+    return to_image(pixels[0]), describe(request, sampler=name, skip=skip)
+
+
+class _GuidedDenoiser:
+    """The denoiser's estimate of x_0 under classifier-free and skip-layer guidance."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        denoiser: nn.Module,
+        conditions: Sequence[TensorRecord],
+        scale: float,
+        skip: SkipLayerGuidance | None,
+        sigmas: Sequence[float],
+    ):
+        self.family, self.denoiser, self.scale, self.skip = family, denoiser, scale, skip
+        self.positive = conditions[0]
+        rows = [condition.rows(0).tensors() for condition in conditions]
+        self.both = type(self.positive).stack(rows)  # the positive text, then the negative one if it acts
+        self.sigmas = list(sigmas)
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        answers = self._velocity(x.expand(len(self.both), -1, -1, -1), sigma, self.both).float()
+        velocity = answers[:1]
+        if len(answers) == 2:
+            velocity = answers[1:] + self.scale * (answers[:1] - answers[1:])
+        if self.skip is not None and self.skip.acts(self.sigmas.index(sigma), len(self.sigmas) - 1):
+            with self.family.skipping(self.denoiser, self.skip.layers):
+                without = self._velocity(x, sigma, self.positive).float()
+            velocity = velocity + self.skip.scale * (answers[:1] - without)
+        return x_0_estimate(x, velocity, sigma)
+
+    def _velocity(self, x: Tensor, sigma: float, text: TensorRecord) -> Tensor:
+        noised = NoisedLatents(x_t=x, sigma=torch.full((len(x),), sigma, device=x.device))
+        return self.family.predict(self.denoiser, noised, text)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """This rounds a picture (3, H, W) in -1..1 to 8 bits."""
+    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())  # (H, W, 3)
+
+
+def describe(request: PromptRequest, *, sampler: str, skip: SkipLayerGuidance | None) -> dict[str, str | int | float]:
+    """The settings that make a picture, and nothing that had no effect on it."""
+    settings: dict[str, Any] = dataclasses.asdict(request)
+    settings["sampler"] = sampler
+    if request.scale == 1 or not request.negative_prompt:
+        del settings["negative_prompt"]
+    if skip is not None:
+        settings["skip_layers"] = " ".join(map(str, skip.layers))
+        settings["skip_layers_scale"] = skip.scale
+        settings["skip_layers_start"], settings["skip_layers_stop"] = skip.start, skip.stop
+    return settings
+
+
+def save_picture(image: Image.Image, path: str | Path, settings: Settings) -> None:
+    """This writes a PNG with its settings inside: as ``parameters``, which other programs read, and as JSON.
+
+    Args:
+        image: The picture.
+        path: Where it belongs; it appears complete or not at all.
+        settings: What ``generate`` gave, with whatever else is worth keeping (model, adapter).
+    """
+    texts = PngInfo()
+    texts.add_text("parameters", parameters_text(settings))
+    texts.add_text("atelier", json.dumps(dict(settings)))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=texts)
+
+
+_KNOWN_NAMES = {"steps": "Steps", "sampler": "Sampler", "scale": "CFG scale", "seed": "Seed", "size": "Size"}
+
+
+def parameters_text(settings: Settings) -> str:
+    """The settings in the form of AUTOMATIC1111's web interface: prompt, negative prompt, one line of the rest."""
+    rest = {name: value for name, value in settings.items() if name not in ("prompt", "negative_prompt")}
+    if "width" in rest and "height" in rest:
+        rest["size"] = f"{rest.pop('width')}x{rest.pop('height')}"
+    first = {name: rest.pop(name) for name in _KNOWN_NAMES if name in rest}
+    named = {_KNOWN_NAMES[name]: value for name, value in first.items()}
+    named |= {name.replace("_", " ").capitalize(): value for name, value in rest.items()}
+    lines = [str(settings["prompt"])]
+    if "negative_prompt" in settings:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in named.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str | int | float) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text

@@ -1,0 +1,317 @@
+"""Prompt files: what pictures to make, as ``.txt``, ``.toml`` or ``.json``.
+
+A ``.txt`` has one prompt per line, with inline options behind it: ``a cat --w 768 --h 512 --d 7``. An option is two
+hyphens and a name after white space; anything else is text. Nothing is guessed, clamped or skipped.
+"""
+
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.config.config_file import read_toml
+from library.config.errors import ConfigError, nearest_name
+from library.config.sampling import SAMPLERS
+from library.randomness import seed_for
+from library.records import Resolution
+
+STEPS = 28
+SCALE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRequest:
+    """One picture to make.
+
+    Attributes:
+        prompt: What it shows.
+        negative_prompt: What guidance leads away from; the empty text is the unconditional answer.
+        width: Pixels.
+        height: Pixels.
+        seed: Of the initial noise.
+        steps: Sampling steps.
+        scale: Classifier-free guidance; at 1 there is none, and the negative prompt has no effect.
+        sampler: One of ``library.config.sampling.SAMPLERS``; None leaves the choice to ``--sample_sampler``.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int
+    height: int
+    seed: int
+    steps: int = STEPS
+    scale: float = SCALE
+    sampler: str | None = None
+
+    @property
+    def resolution(self) -> Resolution:
+        """The picture's size."""
+        return Resolution(self.width, self.height)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that the denoiser has to know: the negative prompt only where it acts."""
+        return (self.prompt,) if self.scale == 1 else (self.prompt, self.negative_prompt)
+
+
+def complete(given: Mapping[str, Any], index: int, *, native_resolution: Resolution, seed: int) -> PromptRequest:
+    """This fills in what a prompt doesn't say.
+
+    Args:
+        given: Fields of ``PromptRequest``, ``prompt`` among them.
+        index: The prompt's place in its file, from 0.
+        native_resolution: The size of a picture that names none.
+        seed: Of the run. A prompt without a seed gets its own, a function of this one and ``index``.
+    """
+    known = {
+        "width": native_resolution.width,
+        "height": native_resolution.height,
+        "seed": seed_for(seed, "sample", index) % 2**32,
+        **given,
+    }
+    return PromptRequest(**known)
+
+
+def read_prompts(
+    path: str | Path,
+    *,
+    native_resolution: Resolution,
+    resolution_step: int,
+    seed: int,
+    fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
+) -> list[PromptRequest]:
+    """This reads a prompt file.
+
+    Args:
+        path: A ``.txt``, ``.toml`` or ``.json`` file.
+        native_resolution: The size of a picture whose prompt names none.
+        resolution_step: Both sides must be multiples of this many pixels.
+        seed: Of the run; see ``complete``.
+        fallbacks: Fields of ``PromptRequest`` for prompts that don't say them.
+
+    Raises:
+        ConfigError: The file is missing, empty or says something that isn't understood; all mistakes at once, one line
+            each, with the line or the prompt's number.
+    """
+    path = Path(path)
+    readers = {".txt": _txt_entries, ".toml": _toml_entries, ".json": _json_entries}
+    if path.suffix.lower() not in readers:
+        raise ConfigError(f"{path}: a prompt file ends in .txt, .toml or .json")
+    entries = readers[path.suffix.lower()](path)
+    if not entries:
+        raise ConfigError(f"{path}: no prompts in it; write one per line")
+    requests, problems = [], []
+    for index, (place, entry) in enumerate(entries):
+        where = f"{path.name}, {place}"
+        try:
+            given = _inline(entry, where) if isinstance(entry, str) else _from_keys(entry, where)
+            for name in ("width", "height"):
+                if name in given:
+                    check_side(f"{where}: {name}", given[name], resolution_step)
+            known = {**fallbacks, **given}
+            if given.get("negative_prompt") and known.get("scale") == 1:
+                raise ConfigError(f"{where}: the negative prompt does nothing at guidance scale 1; remove one")
+            requests.append(complete(known, index, native_resolution=native_resolution, seed=seed))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return requests
+
+
+def check_side(name: str, value: int, step: int) -> None:
+    """This refuses a width or height that the model can't make; the error names the nearest ones that it can.
+
+    Args:
+        name: ``--width`` or whatever the user wrote, for the start of the error.
+        value: Pixels.
+        step: Sides must be multiples of it.
+    """
+    if value % step == 0:
+        return
+    below = value // step * step
+    nearest = f"{below} and {below + step}" if below else str(step)
+    raise ConfigError(f"{name} {value} isn't a multiple of {step}; the nearest are {nearest}")
+
+
+@dataclass(frozen=True)
+class _Key:
+    """One thing that a prompt can say.
+
+    Attributes:
+        field: Of ``PromptRequest``.
+        convert: Turns text (inline) or a value (TOML, JSON) into the field's; its ``ValueError`` says what it must be.
+    """
+
+    field: str
+    convert: Callable[[Any], Any]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def _number(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError("a number of at least 0")
+    return number
+
+
+def _sampler(value: Any) -> str:
+    if value not in SAMPLERS:
+        raise ValueError(f"one of {', '.join(SAMPLERS)}")
+    return str(value)
+
+
+_KEYS = {
+    "prompt": _Key("prompt", _text),
+    "negative_prompt": _Key("negative_prompt", _text),
+    "width": _Key("width", _whole(1, 2**16)),
+    "height": _Key("height", _whole(1, 2**16)),
+    "seed": _Key("seed", _whole(0, 2**63 - 1)),
+    "sample_steps": _Key("steps", _whole(1, 1000)),
+    "scale": _Key("scale", _number),
+    "sample_sampler": _Key("sampler", _sampler),
+}
+_INLINE = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "ss": "sample_sampler",
+}
+_NO_GUIDANCE_INPUT = "the model has no guidance input; write the guidance scale as {scale}"
+_NO_CONTROL = "there is no control network here. Remove it"
+_REFUSED = {
+    "g": _NO_GUIDANCE_INPUT.format(scale="--l"),
+    "guidance_scale": _NO_GUIDANCE_INPUT.format(scale="scale"),
+    "cn": _NO_CONTROL,
+    "controlnet_image": _NO_CONTROL,
+    "ctr": "guidance acts in every step. Remove it",
+    "cfg_trunc_ratio": "guidance acts in every step. Remove it",
+    "rcfg": "guidance isn't renormalised. Remove it",
+    "renorm_cfg": "guidance isn't renormalised. Remove it",
+    "fs": "the model's own shift is used. Remove it",
+    "flow_shift": "the model's own shift is used. Remove it",
+}
+_OPTION = re.compile(r"(?:^|(?<=\s))--([A-Za-z][\w-]*)=?")
+
+
+def _inline(line: str, where: str) -> dict[str, Any]:
+    """The fields of ``PromptRequest`` that a line says."""
+    found = list(_OPTION.finditer(line))
+    prompt = line[: found[0].start()] if found else line
+    if not prompt.strip():
+        raise ConfigError(f"{where}: the prompt is missing; write it before the options")
+    said: dict[str, Any] = {"prompt": prompt.strip()}
+    for match, following in zip(found, [*found[1:], None]):
+        name = match.group(1)
+        if name in _REFUSED:
+            raise ConfigError(f"{where}: --{name} does nothing: {_REFUSED[name]}")
+        if name not in _INLINE:
+            raise ConfigError(f"{where}: unknown option --{name}{_inline_hint(name)}")
+        key = _INLINE[name]
+        if _KEYS[key].field in said:
+            raise ConfigError(f"{where}: --{name} stands twice; keep one")
+        text = line[match.end() : following.start() if following else None].strip()
+        said[_KEYS[key].field] = _converted(key, text, f"{where}: --{name}")
+    return said
+
+
+def _inline_hint(name: str) -> str:
+    by_key = {key: inline for inline, key in _INLINE.items()} | {"steps": "s", "cfg": "l", "sampler": "ss"}
+    near = by_key.get(name) or by_key.get(nearest_name(name, by_key) or "")
+    known = " ".join(f"--{inline}" for inline in _INLINE)
+    return (
+        f"; did you mean --{near}?" if near else f"; known are {known}. Text with hyphens can stand in a .toml or .json"
+    )
+
+
+def _from_keys(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of ``PromptRequest`` that a TOML table or a JSON object says."""
+    for key in table:
+        if key in _REFUSED:
+            raise ConfigError(f"{where}: {key} does nothing: {_REFUSED[key]}")
+        if key not in _KEYS:
+            near = nearest_name(key, _KEYS)
+            hint = f"did you mean {near}?" if near else f"known are {', '.join(_KEYS)}"
+            raise ConfigError(f"{where}: unknown key {key}; {hint}")
+    if "prompt" not in table:
+        raise ConfigError(f"{where}: the key prompt is missing")
+    return {_KEYS[key].field: _converted(key, value, f"{where}: {key}", inline=False) for key, value in table.items()}
+
+
+def _converted(key: str, value: Any, where: str, *, inline: bool = True) -> Any:
+    numeric = key not in ("prompt", "negative_prompt", "sample_sampler")
+    try:
+        if not inline and numeric and isinstance(value, str):
+            return _KEYS[key].convert(None)
+        return _KEYS[key].convert(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: expected {error}, got {value!r}") from None
+
+
+Entries = list[tuple[str, "str | Mapping[str, Any]"]]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+
+
+def _txt_entries(path: Path) -> Entries:
+    lines = enumerate(_read_text(path).splitlines(), start=1)
+    return [(f"line {number}", line) for number, line in lines if line.strip() and not line.startswith("#")]
+
+
+def _toml_entries(path: Path) -> Entries:
+    document = read_toml(path)
+    if unknown := set(document) - {"prompt"}:
+        raise ConfigError(f"{path.name}: unknown table {sorted(unknown)[0]}; prompts stand in [[prompt.subset]]")
+    shared = document.get("prompt", {})
+    if not isinstance(shared, dict):
+        raise ConfigError(f"{path.name}: prompt must be one table [prompt] with [[prompt.subset]] in it")
+    shared = dict(shared)
+    subsets = shared.pop("subset", [])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise ConfigError(f"{path.name}: subset must be a list of tables: [[prompt.subset]]")
+    return [(f"prompt {number}", {**shared, **subset}) for number, subset in enumerate(subsets, start=1)]
+
+
+def _json_entries(path: Path) -> Entries:
+    try:
+        document = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(document, list) or not all(isinstance(entry, str | dict) for entry in document):
+        raise ConfigError(f"{path.name}: expected a list of prompts, each a text or an object")
+    return [(f"prompt {number}", entry) for number, entry in enumerate(document, start=1)]
