@@ -1,0 +1,240 @@
+"""Where each part of Stable Diffusion 3 lies, and whether the files can work together, from their headers alone.
+
+A part that the user names wins over the one inside the base model.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.config.errors import ConfigError
+from library.config.model import ModelConfig
+from library.families.sd3.parts import BASE, COMPONENTS, Component, find_part, require_part
+from library.families.sd3.sizes import (
+    DenoiserSizes,
+    clip_sizes,
+    count_parameters,
+    denoiser_sizes,
+    t5_sizes,
+    vae_sizes,
+)
+from library.io.header import Header
+from library.io.parts import Part, read_weights
+from library.io.pickles import SUFFIXES as PICKLE_SUFFIXES
+from library.records import ModelDescription, Resolution
+
+if TYPE_CHECKING:
+    from library.families.sd3.options import Sd3Options
+
+_NATIVE_RESOLUTION = Resolution(1024, 1024)
+_IMPLEMENTATION = "https://github.com/Stability-AI/sd3.5"
+_WEIGHTS_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
+_READERS: Mapping[str, Callable[[Part], Any]] = {
+    "denoiser": denoiser_sizes,
+    "vae": vae_sizes,
+    "clip_l": clip_sizes,
+    "clip_g": clip_sizes,
+    "t5xxl": t5_sizes,
+}
+
+
+@dataclass(frozen=True)
+class Sd3Files:
+    """Where each part lies.
+
+    Attributes:
+        denoiser: The MMDiT.
+        vae: The VAE.
+        clip_l: The first CLIP.
+        clip_g: The second CLIP.
+        t5xxl: T5, or None: zeros stand in for it.
+        folder: The base model's folder, when it is one in diffusers' layout: tokenizers may lie there.
+    """
+
+    denoiser: Part
+    vae: Part
+    clip_l: Part
+    clip_g: Part
+    t5xxl: Part | None
+    folder: Path | None
+
+
+def problems(model: ModelConfig, options: "Sd3Options") -> list[str]:
+    """This checks every path from headers alone and returns all that is wrong, a line each.
+
+    Args:
+        model: The base model and the VAE.
+        options: The text encoders.
+    """
+    return _search(model, options)[1]
+
+
+def locate(model: ModelConfig, options: "Sd3Options") -> Sd3Files:
+    """This finds every part.
+
+    Args:
+        model: The base model and the VAE.
+        options: The text encoders.
+
+    Raises:
+        ConfigError: What ``problems`` returns, if anything.
+    """
+    parts, wrong = _search(model, options)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    base = Path(str(model.pretrained_model_name_or_path))
+    return Sd3Files(
+        denoiser=parts["denoiser"],
+        vae=parts["vae"],
+        clip_l=parts["clip_l"],
+        clip_g=parts["clip_g"],
+        t5xxl=parts.get("t5xxl"),
+        folder=base if _is_pipeline(base) else None,
+    )
+
+
+def describe(files: Sd3Files) -> ModelDescription:
+    """This says which model the files are.
+
+    Args:
+        files: From ``locate``.
+    """
+    sizes = denoiser_sizes(files.denoiser)
+    if not sizes.qk_norm:
+        title, version, architecture = "Stable Diffusion 3 medium", "medium", "stable-diffusion-3-medium"
+    elif sizes.dual_attention_blocks:
+        title, version, architecture = "Stable Diffusion 3.5 medium", "5-medium", "stable-diffusion-3-5-medium"
+    else:
+        title, version, architecture = "Stable Diffusion 3.5 large", "5-large", "stable-diffusion-3-5-large"
+    return ModelDescription(
+        title=title,
+        architecture=architecture,
+        base_model_version=version,
+        parameters=count_parameters(files.denoiser.shapes, files.denoiser.layout),
+        sizes={
+            "depth": sizes.depth,
+            "width": sizes.width,
+            "heads": sizes.num_heads,
+            "blocks with two attentions": len(sizes.dual_attention_blocks),
+            "position table": f"{sizes.pos_embed_max_size}x{sizes.pos_embed_max_size}",
+            "T5": "absent (zeros stand in for it)" if files.t5xxl is None else "present",
+        },
+        native_resolution=_NATIVE_RESOLUTION,
+        implementation=_IMPLEMENTATION,
+    )
+
+
+def _search(model: ModelConfig, options: "Sd3Options") -> tuple[dict[str, Part], list[str]]:
+    """All parts that can be found, and all that is wrong."""
+    parts: dict[str, Part] = {}
+    wrong: list[str] = []
+    named = {"vae": model.vae, "clip_l": options.clip_l, "clip_g": options.clip_g, "t5xxl": options.t5xxl}
+    base = _Base.open(model.pretrained_model_name_or_path, wrong)
+    for name, component in COMPONENTS.items():
+        path = named.get(name)
+        try:
+            if path is not None:
+                parts[name] = require_part(component, read_weights(path), str(path))
+            elif base is not None and (part := base.find(name)) is not None:
+                parts[name] = part
+        except ConfigError as error:
+            wrong.append(f"{component.option}: {error}" if path is not None else str(error))
+            if name == "denoiser":
+                base = None  # of another model: what else it holds doesn't matter
+            continue
+        if name not in parts and name != "t5xxl" and base is not None:
+            wrong.append(f"no {component.title}: {base.lacks(component)}; add {component.option}")
+    wrong += _misfits(parts, named)
+    if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
+        wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
+    return parts, wrong
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base model: files with everything inside, or a folder with a sub-folder per part (then no headers)."""
+
+    path: Path
+    headers: tuple[Header, ...]
+
+    @staticmethod
+    def open(path: str | None, wrong: list[str]) -> "_Base | None":
+        if path is None:
+            wrong.append(f"{BASE} is missing; name the base model's file, or its folder in diffusers' layout")
+            return None
+        if _is_pipeline(Path(path)):
+            return _Base(Path(path), ())
+        if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(_WEIGHTS_SUFFIXES):
+            wrong.append(f"{BASE}: {path} is no file or folder here; download it first, then name its folder")
+            return None
+        try:
+            return _Base(Path(path), read_weights(path))
+        except ConfigError as error:
+            wrong.append(f"{BASE}: {error}")
+            return None
+
+    def find(self, name: str) -> Part | None:
+        component = COMPONENTS[name]
+        if not self.headers:
+            folder = self.path / component.folder
+            if folder.is_dir():
+                return require_part(component, read_weights(folder), str(folder))
+            if name == "denoiser":
+                raise ConfigError(_other_pipeline(self.path))
+            return None
+        if name == "denoiser":
+            return require_part(component, self.headers, str(self.path))
+        return find_part(component, self.headers, str(self.path))
+
+    def lacks(self, component: Component) -> str:
+        return f"{self.path} has none inside" if self.headers else f"{self.path} has no folder {component.folder}"
+
+
+def _is_pipeline(path: Path) -> bool:
+    folders = (*(component.folder for component in COMPONENTS.values()), "unet")
+    return path.is_dir() and ((path / "model_index.json").is_file() or any((path / name).is_dir() for name in folders))
+
+
+def _other_pipeline(path: Path) -> str:
+    try:
+        kind = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None
+    if kind is not None and not str(kind).startswith("StableDiffusion3"):
+        return f"{path} is a folder of {kind}, expected one of StableDiffusion3Pipeline"
+    return f"{path} has no folder transformer, where diffusers keeps SD3's denoiser"
+
+
+def _misfits(parts: Mapping[str, Part], named: Mapping[str, str | None]) -> list[str]:
+    """What is wrong inside the parts, and between them."""
+    wrong: list[str] = []
+    sizes: dict[str, Any] = {}
+    for name, part in parts.items():
+        try:
+            sizes[name] = _READERS[name](part)
+        except ConfigError as error:
+            wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
+
+    def at(name: str) -> str:
+        return f"{COMPONENTS[name].option}: {parts[name].title}" if named.get(name) else parts[name].title
+
+    if "denoiser" not in sizes:
+        return wrong
+    denoiser: DenoiserSizes = sizes["denoiser"]
+    if (vae := sizes.get("vae")) and vae.latent_channels != denoiser.in_channels:
+        wrong.append(
+            f"{at('vae')} is a VAE with {vae.latent_channels} channels; the denoiser takes {denoiser.in_channels}"
+        )
+    if (clip_l := sizes.get("clip_l")) and (clip_g := sizes.get("clip_g")):
+        clips = (("clip_l", "CLIP-L", clip_l), ("clip_g", "CLIP-G", clip_g))
+        given = " and ".join(f"{at(name)} ({title}, width {clip.pooled_width})" for name, title, clip in clips)
+        if clip_l.pooled_width + clip_g.pooled_width != denoiser.pooled_width:
+            wrong.append(f"{given} do not fit the denoiser, which takes {denoiser.pooled_width} together")
+        elif clip_l.width + clip_g.width > denoiser.context_width:
+            wrong.append(f"{given} give more features per token than the denoiser takes, {denoiser.context_width}")
+    if (t5 := sizes.get("t5xxl")) and t5.width != denoiser.context_width:
+        wrong.append(f"{at('t5xxl')} is a T5 of width {t5.width}; the denoiser takes {denoiser.context_width}")
+    return wrong

@@ -1,0 +1,107 @@
+import json
+import logging
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOS = ROOT / "examples" / "data" / "photos"
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Four photographs with captions, of two shapes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("chelsea.png", "camera.png", "coffee.png", "clock_motion.png"):
+        shutil.copy(PHOTOS / name, folder)
+        shutil.copy((PHOTOS / name).with_suffix(".txt"), folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Runs ``sd3_train_network.py`` on a tiny model and four photographs, in this process."""
+
+    checkpoint: Path
+    photos: Path
+    folder: Path
+
+    def arguments(self, output: str, **options) -> list[str]:
+        """The command line: enough defaults to train, changed and extended by ``options`` (None removes one)."""
+        settings = {
+            "pretrained_model_name_or_path": self.checkpoint,
+            "dataset_config": self.dataset(),
+            "output_dir": self.folder / output,
+            "output_name": "run",
+            "network_dim": 2,
+            "network_alpha": 2,
+            "learning_rate": 1e-2,
+            "mixed_precision": "no",
+            "max_train_steps": 4,
+            "max_data_loader_n_workers": 0,
+            "seed": 7,
+            **options,
+        }
+        words: list[str] = []
+        for name, value in settings.items():
+            if value is True:
+                words.append(f"--{name}")
+            elif isinstance(value, (list, tuple)):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                words += [f"--{name}", str(value)]
+        return words
+
+    def dataset(self, dataset: str = "", subset: str = "", general: str = "") -> Path:
+        """A dataset TOML over the photographs at 64 px, in batches of two."""
+        path = self.folder / f"dataset-{abs(hash((dataset, subset, general)))}.toml"
+        path.write_text(
+            f"[general]\n{general}\n[[datasets]]\nresolution = 64\nbatch_size = 2\nmin_bucket_reso = 32\n"
+            f"bucket_reso_steps = 32\n{dataset}\n[[datasets.subsets]]\nimage_dir = {json.dumps(str(self.photos))}\n"
+            f"{subset}\n"
+        )
+        return path
+
+    def __call__(self, output: str, **options) -> int:
+        """Train; returns the exit code."""
+        from accelerate.state import AcceleratorState, PartialState
+
+        from library.cli import main
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        try:
+            return main("sd3", network=True, argv=self.arguments(output, **options))
+        finally:
+            logging.getLogger().handlers.clear()
+
+    def weights(self, output: str, stem: str = "run") -> dict:
+        """The tensors of a saved adapter."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / output / f"{stem}.safetensors")
+
+    def losses(self, output: str) -> dict[int, float]:
+        """Optimizer step -> loss, from the log."""
+        lines = (self.folder / output / "run-log.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        return {entry["step"]: entry["loss/current"] for entry in entries if "loss/current" in entry}
+
+
+@pytest.fixture
+def trainer(tiny_file, photos, tmp_path) -> Trainer:
+    return Trainer(tiny_file, photos, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory):
+    """A tiny SD3 in one file, with tokenizers beside it."""
+    from tests.tiny import TINY_SD3
+    from tools.miniature_sd3 import make_sd3
+
+    return make_sd3(tmp_path_factory.mktemp("sd3"), sizes=TINY_SD3)

@@ -1,0 +1,18 @@
+"""Sizes of the models that tests train."""
+
+from tools.miniature_sd3 import Sd3Sizes
+
+TINY_SD3 = Sd3Sizes(
+    depth=3,
+    width=64,
+    dual_attention_blocks=(0,),
+    pos_embed_max_size=16,
+    clip_l_width=64,
+    clip_g_width=128,
+    clip_depth=2,
+    t5_width=256,
+    t5_heads=2,
+    t5_hidden=96,
+    t5_depth=1,
+    vae_widths=(32, 32, 64, 64),
+)

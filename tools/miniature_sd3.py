@@ -1,0 +1,299 @@
+"""A complete, tiny Stable Diffusion 3.5 medium with random weights: denoiser, VAE, three text encoders, tokenizers.
+
+It has everything that the published model has (query and key norms, second attention in the first blocks, a stored
+position table), in the published layout, and is made in seconds.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.families.sd3.key_maps import denoiser_key_maps, to_diffusers, vae_key_maps
+from library.families.sd3.mmdit import MMDiT, MMDiTConfig
+from library.families.sd3.position_table import sincos_table
+from library.io.atomic import write_text
+from library.io.safetensors import save_tensors
+from library.nn.attention import sdpa
+from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from library.randomness import torch_generator
+from tools.miniature_tokenizers import (
+    CLIP_END,
+    clip_vocabulary_size,
+    t5_vocabulary_size,
+    write_clip_tokenizer,
+    write_t5_tokenizer,
+)
+
+FILE_NAME = "sd3-miniature.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_HEAD_DIM = 64
+_METADATA = {
+    "modelspec.title": "Miniature of Stable Diffusion 3.5 medium",
+    "modelspec.description": "Random weights, for tests and for trying things out",
+}
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3Sizes:
+    """How small the miniature is. Widths are multiples of the head size, 64.
+
+    Attributes:
+        depth: Joint blocks of the denoiser.
+        width: Of the denoiser.
+        dual_attention_blocks: Blocks with a second attention.
+        pos_embed_max_size: Sides of the stored position table, in tokens of 16 pixels.
+        clip_l_width: Of CLIP-L.
+        clip_g_width: Of CLIP-G.
+        clip_depth: Layers of both CLIPs.
+        t5_width: Of T5 and of the denoiser's context; at least the sum of the CLIPs' widths.
+        t5_heads: Heads of T5's attention.
+        t5_hidden: Width inside T5's feed-forward layers.
+        t5_depth: Blocks of T5.
+        vae_widths: Features of the VAE per level, multiples of 32.
+        vae_blocks: Residual blocks of the VAE per level.
+    """
+
+    depth: int = 4
+    width: int = 256
+    dual_attention_blocks: tuple[int, ...] = (0, 1)
+    pos_embed_max_size: int = 48
+    clip_l_width: int = 128
+    clip_g_width: int = 192
+    clip_depth: int = 3
+    t5_width: int = 384
+    t5_heads: int = 4
+    t5_hidden: int = 768
+    t5_depth: int = 2
+    vae_widths: tuple[int, ...] = (32, 64, 64, 64)
+    vae_blocks: int = 1
+
+    def denoiser(self) -> MMDiTConfig:
+        """The denoiser's configuration."""
+        return MMDiTConfig(
+            depth=self.depth,
+            width=self.width,
+            num_heads=self.width // _HEAD_DIM,
+            patch_size=2,
+            in_channels=16,
+            context_width=self.t5_width,
+            pooled_width=self.clip_l_width + self.clip_g_width,
+            pos_embed_max_size=self.pos_embed_max_size,
+            qk_norm=True,
+            dual_attention_blocks=self.dual_attention_blocks,
+        )
+
+    def vae(self) -> AutoencoderKLConfig:
+        """The VAE's configuration."""
+        return AutoencoderKLConfig(
+            pixel_channels=3, latent_channels=16, level_widths=self.vae_widths, blocks_per_level=self.vae_blocks
+        )
+
+    def clip(self, width: int, activation: str) -> Any:
+        """A CLIP's configuration, transformers' kind."""
+        from transformers import CLIPTextConfig
+
+        return CLIPTextConfig(
+            vocab_size=clip_vocabulary_size(),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=self.clip_depth,
+            num_attention_heads=width // _HEAD_DIM,
+            hidden_act=activation,
+            bos_token_id=clip_vocabulary_size() - 2,
+            eos_token_id=2,  # as published: transformers then pools at the highest id, the end token
+            architectures=["CLIPTextModelWithProjection"],
+        )
+
+    def t5(self) -> Any:
+        """T5's configuration, transformers' kind."""
+        from transformers import T5Config
+
+        return T5Config(
+            vocab_size=t5_vocabulary_size(),
+            d_model=self.t5_width,
+            d_kv=_HEAD_DIM,
+            d_ff=self.t5_hidden,
+            num_layers=self.t5_depth,
+            num_heads=self.t5_heads,
+            feed_forward_proj="gated-gelu",
+            architectures=["T5EncoderModel"],
+        )
+
+
+def make_sd3(
+    output: Path, *, seed: int = 0, dtype: str = "fp32", layout: str = "single", sizes: Sd3Sizes | None = None
+) -> Path:
+    """This writes the miniature; the same arguments give the same bytes.
+
+    Args:
+        output: The folder, made if missing. The tokenizers lie in it too.
+        seed: Of the weights.
+        dtype: What the weights are stored as: fp32, fp16 or bf16.
+        layout: ``single`` writes one file with all parts, ``diffusers`` a folder per part.
+        sizes: How small.
+
+    Returns:
+        What ``--pretrained_model_name_or_path`` takes: the single file, or ``output``.
+    """
+    sizes = sizes or Sd3Sizes()
+    output.mkdir(parents=True, exist_ok=True)
+    write_clip_tokenizer(output / "tokenizer", pad_token=CLIP_END)
+    write_clip_tokenizer(output / "tokenizer_2", pad_token="!")
+    write_t5_tokenizer(output / "tokenizer_3")
+    parts = sd3_weights(seed, sizes)
+    if layout == "diffusers":
+        _write_diffusers(output, parts, sizes, DTYPES[dtype])
+        return output
+    prefixes = {
+        "denoiser": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "clip_l": "text_encoders.clip_l.transformer.",
+        "clip_g": "text_encoders.clip_g.transformer.",
+        "t5xxl": "text_encoders.t5xxl.transformer.",
+    }
+    tensors = {prefixes[part] + name: tensor for part, weights in parts.items() for name, tensor in weights.items()}
+    save_tensors(tensors, output / FILE_NAME, _METADATA, dtype=DTYPES[dtype])
+    return output / FILE_NAME
+
+
+def sd3_weights(seed: int, sizes: Sd3Sizes) -> dict[str, Weights]:
+    """This makes the weights of all parts, fp32, each part with the names of the published single file.
+
+    CLIP-L has no projection, as published: it is the identity.
+    """
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "denoiser": MMDiT(sizes.denoiser(), attention=sdpa),
+            "vae": AutoencoderKL(sizes.vae()),
+            "clip_l": CLIPTextModelWithProjection(sizes.clip(sizes.clip_l_width, "quick_gelu")),
+            "clip_g": CLIPTextModelWithProjection(sizes.clip(sizes.clip_g_width, "gelu")),
+            "t5xxl": T5EncoderModel(sizes.t5()),
+        }
+    parts = {
+        part: {name: _value(f"{part}.{name}", tuple(place.shape), seed) for name, place in module.state_dict().items()}
+        for part, module in modules.items()
+    }
+    parts["denoiser"]["pos_embed"] = sincos_table(sizes.pos_embed_max_size, sizes.width)
+    del parts["clip_l"]["text_projection.weight"]
+    del parts["t5xxl"]["encoder.embed_tokens.weight"]  # shared.weight by another name
+    _, log_variance = parts["vae"]["encoder.conv_out.bias"].chunk(2)
+    log_variance -= 8  # little noise, as in a trained VAE
+    return parts
+
+
+# Size of the numbers, for activations about 1: of a table's entries, or of a layer's outputs for inputs about 1.
+_SCALES = (
+    ("*token_embedding.weight", 0.5),
+    ("*position_embedding.weight", 0.2),
+    ("t5xxl.shared.weight", 1.0),
+    ("*relative_attention_bias.weight", 0.5),
+    ("t5xxl.*SelfAttention.q.weight", _HEAD_DIM**-0.5),  # T5 doesn't divide by the root of the head size
+    ("*adaLN_modulation.1.weight", 0.5),
+    ("denoiser.final_layer.linear.weight", 0.5),
+    ("vae.decoder.conv_out.weight", 0.5),
+)
+_TABLES = ("*embedding.weight", "*shared.weight", "*relative_attention_bias.weight")
+
+
+def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    noise = torch.randn(shape, generator=torch_generator(seed, name))
+    if len(shape) == 1:
+        return 1 + 0.1 * noise if name.endswith("weight") else 0.02 * noise
+    scale = next((scale for pattern, scale in _SCALES if fnmatchcase(name, pattern)), 1.0)
+    if any(fnmatchcase(name, pattern) for pattern in _TABLES):
+        return scale * noise
+    return scale / math.sqrt(math.prod(shape[1:])) * noise
+
+
+def _write_diffusers(output: Path, parts: Mapping[str, Weights], sizes: Sd3Sizes, dtype: torch.dtype) -> None:
+    denoiser, vae = sizes.denoiser(), sizes.vae()
+    denoiser_maps = denoiser_key_maps(
+        depth=denoiser.depth, qk_norm=denoiser.qk_norm, dual_attention_blocks=denoiser.dual_attention_blocks
+    )
+    vae_maps = vae_key_maps(level_widths=vae.level_widths, blocks_per_level=vae.blocks_per_level)
+    clip_l, clip_g = sizes.clip(sizes.clip_l_width, "quick_gelu"), sizes.clip(sizes.clip_g_width, "gelu")
+    projection = {"text_projection.weight": torch.eye(sizes.clip_l_width)}
+    stem = "diffusion_pytorch_model"
+    folders = (
+        ("transformer", stem, dict(to_diffusers(parts["denoiser"], denoiser_maps)), _transformer_config(denoiser)),
+        ("vae", stem, dict(to_diffusers(parts["vae"], vae_maps)), _vae_config(vae)),
+        ("text_encoder", "model", parts["clip_l"] | projection, clip_l.to_dict()),
+        ("text_encoder_2", "model", parts["clip_g"], clip_g.to_dict()),
+        ("text_encoder_3", "model", parts["t5xxl"], sizes.t5().to_dict()),
+    )
+    for folder, name, tensors, config in folders:
+        save_tensors(tensors, output / folder / f"{name}.safetensors", {"format": "pt"}, dtype=dtype)
+        _write_json(output / folder / "config.json", config)
+    _write_json(output / "scheduler" / "scheduler_config.json", {"_class_name": _SCHEDULER, "shift": 3.0})
+    _write_json(output / "model_index.json", dict(_model_index()))
+
+
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def _model_index() -> Iterator[tuple[str, Any]]:
+    yield "_class_name", "StableDiffusion3Pipeline"
+    yield "scheduler", ["diffusers", _SCHEDULER]
+    yield "transformer", ["diffusers", "SD3Transformer2DModel"]
+    yield "vae", ["diffusers", "AutoencoderKL"]
+    for number in ("", "_2"):
+        yield f"text_encoder{number}", ["transformers", "CLIPTextModelWithProjection"]
+        yield f"tokenizer{number}", ["transformers", "CLIPTokenizer"]
+    yield "text_encoder_3", ["transformers", "T5EncoderModel"]
+    yield "tokenizer_3", ["transformers", "PreTrainedTokenizerFast"]
+
+
+def _transformer_config(config: MMDiTConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "num_layers": config.depth,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_width,
+        "caption_projection_dim": config.width,
+        "pooled_projection_dim": config.pooled_width,
+        "pos_embed_max_size": config.pos_embed_max_size,
+        "dual_attention_layers": list(config.dual_attention_blocks),
+        "qk_norm": "rms_norm" if config.qk_norm else None,
+    }
+
+
+def _vae_config(config: AutoencoderKLConfig) -> dict[str, Any]:
+    levels = len(config.level_widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": config.pixel_channels,
+        "out_channels": config.pixel_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.level_widths),
+        "layers_per_block": config.blocks_per_level,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "force_upcast": True,
+    }
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
