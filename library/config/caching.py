@@ -23,7 +23,8 @@ class CachingConfig:
     )
     cache_latents_to_disk: bool = option(
         False,
-        "Keeps the latents in --cache_dir, where later runs find them again. Implies --cache_latents.",
+        "Keeps the latents in --cache_dir, where later runs find them again. Implies --cache_latents. By default they "
+        "are kept in memory, for this run alone.",
     )
     vae_batch_size: int = option(
         1,
@@ -39,7 +40,7 @@ class CachingConfig:
     cache_text_encoder_outputs_to_disk: bool = option(
         False,
         "Keeps the text features in --cache_dir, where later runs find them again. Implies "
-        "--cache_text_encoder_outputs.",
+        "--cache_text_encoder_outputs. By default they are kept in memory, for this run alone.",
     )
     text_encoder_batch_size: int = option(
         8,

@@ -122,9 +122,7 @@ class DataConfig:
         0.0, "Probability of each tag (except the fixed ones) to be left out at a visit.", minimum=0, maximum=1
     )
     flip_aug: bool = option(False, "Mirror each picture left to right at half of its visits, at random.")
-    prior_loss_weight: float = option(
-        1.0, "Weight of the loss of regularisation pictures.", minimum=0, metadata_key="ss_prior_loss_weight"
-    )
+    prior_loss_weight: float = option(1.0, "Weight of the loss of regularisation pictures.", minimum=0)
     max_data_loader_n_workers: int = option(
         8,
         "Processes that read pictures ahead, at most one per CPU core; 0 reads in the training process. What is read "

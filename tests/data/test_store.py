@@ -1,0 +1,568 @@
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import sqlite3
+import threading
+import time
+import uuid
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from library.config.errors import ConfigError
+from library.data import shard_index, store
+from library.data import shards as shards_module
+from library.data.shard_index import INDEX_NAME
+from library.data.store import MemoryStore, NonFiniteEntry, PackedStore
+
+FORK = multiprocessing.get_context("fork")
+
+
+def entry(number, size=100):
+    """The tensors that belong under ``key(number)``, of several types, different for every number."""
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "context": torch.randn(size, 2, generator=generator).bfloat16(),
+        "ids": torch.randint(0, 1000, (7,), generator=generator),
+        "mask": torch.rand(3, generator=generator) > 0.5,
+    }
+
+
+def key(number):
+    return f"{number:040x}"
+
+
+def put(target, numbers, size=100):
+    for number in numbers:
+        target.write({key(number): entry(number, size)})
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert left[name].shape == right[name].shape
+        assert left[name].flatten().view(torch.uint8).tolist() == right[name].flatten().view(torch.uint8).tolist()
+
+
+def present(target, numbers):
+    """Which numbers are there; each is checked to hold the right tensors."""
+    keys = [key(number) for number in numbers]
+    missing = set(target.missing(keys))
+    found = [number for number in numbers if key(number) not in missing]
+    for number in found:
+        same(target.read(key(number)), entry(number))
+    return found
+
+
+def shards(directory):
+    return sorted(directory.glob("*.safetensors"))
+
+
+def in_child(function, *arguments):
+    """Runs in a forked process and returns its exit code (negative: the signal)."""
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.fixture(params=["memory", "packed"])
+def any_store(request, tmp_path):
+    return MemoryStore() if request.param == "memory" else PackedStore(tmp_path / "cache")
+
+
+# What every store does
+
+
+def test_every_type_and_shape_comes_back(any_store):
+    plain = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64]
+    tensors = {str(dtype): torch.arange(-3, 3).to(dtype).view(2, 3) for dtype in plain}
+    tensors |= {
+        "bool": torch.tensor([True, False, True]),
+        "fp8": torch.tensor([1.5, -2.0, 448.0]).to(torch.float8_e4m3fn),
+        "complex": torch.tensor([1 + 2j]),
+        "uint16": torch.tensor([65535], dtype=torch.uint16),
+        "scalar": torch.tensor(3.25),
+        "empty": torch.empty(0, 4),
+        "a.b/c": torch.ones(1),
+        "transposed": torch.arange(6.0).view(2, 3).t(),
+    }
+    any_store.write({"k1": tensors, "k2": {"x": torch.ones(1, dtype=torch.bool)}})
+    any_store.flush()
+    same(any_store.read("k1"), tensors)
+    same(any_store.read("k2"), {"x": torch.ones(1, dtype=torch.bool)})
+
+
+def test_missing_keeps_order_and_names_each_once(any_store):
+    put(any_store, [1, 2])
+    assert any_store.missing([key(5), key(1), key(3), key(5), key(2)]) == [key(5), key(3)]
+    any_store.flush()
+    assert any_store.missing(iter([key(5), key(1), key(3), key(5), key(2)])) == [key(5), key(3)]
+    assert any_store.missing([]) == []
+
+
+def test_reading_what_is_not_there(any_store):
+    with pytest.raises(KeyError, match="has no entry abc"):
+        any_store.read("abc")
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_tensors_are_copied_in_and_out(any_store, flush):
+    tensor = torch.zeros(4)
+    any_store.write({"k": {"x": tensor}})
+    tensor.fill_(1)
+    if flush:
+        any_store.flush()
+    any_store.read("k")["x"].fill_(2)
+    assert any_store.read("k")["x"].tolist() == [0, 0, 0, 0]
+
+
+def test_the_first_one_stays(any_store):
+    any_store.write({"k": {"x": torch.zeros(1)}})
+    any_store.flush()
+    any_store.write({"k": {"x": torch.ones(1)}})
+    any_store.flush()
+    assert any_store.read("k")["x"].item() == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([float("inf")]).bfloat16(),
+        torch.tensor([float("-inf"), 0.0]).half(),
+        torch.tensor([float("nan")]).to(torch.float8_e4m3fn),
+        torch.tensor([complex(0, float("nan"))]),
+    ],
+    ids=lambda tensor: str(tensor.dtype),
+)
+def test_numbers_that_are_not_finite_are_refused(any_store, bad):
+    with pytest.raises(NonFiniteEntry, match="pooled of the cache entry k2 has numbers that are not finite") as caught:
+        any_store.write({"k1": {"x": torch.zeros(1)}, "k2": {"context": torch.zeros(1), "pooled": bad}})
+    assert isinstance(caught.value, ValueError)
+    assert (caught.value.key, caught.value.name) == ("k2", "pooled")
+    assert any_store.missing(["k1", "k2"]) == ["k1", "k2"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b"])
+def test_keys_that_can_not_be_stored(any_store, name):
+    with pytest.raises(ValueError, match="cache key"):
+        any_store.write({name: {"x": torch.zeros(1)}})
+
+
+def test_entries_that_can_not_be_stored(any_store):
+    with pytest.raises(ValueError, match="no tensors"):
+        any_store.write({"k": {}})
+    with pytest.raises(ValueError, match="complex128"):
+        any_store.write({"k": {"x": torch.zeros(1, dtype=torch.complex128)}})
+
+
+def test_memory_is_taken_in_blocks_that_grow():
+    memory = MemoryStore(block_bytes=1 << 20)
+    for number in range(300):
+        memory.write({key(number): {"x": torch.full((2000 + number,), number, dtype=torch.float32)}})
+    memory.write({"large": {"x": torch.ones(1 << 19)}})
+    assert len(memory._blocks) < 10
+    assert all(memory.read(key(n))["x"].tolist() == [n] * (2000 + n) for n in range(300))
+    assert memory.read("large")["x"].sum() == 1 << 19
+
+
+def test_memory_is_pickled_once():
+    memory = MemoryStore()
+    for number in range(500):
+        memory.write({key(number): {"x": torch.full((256,), float(number))}})
+    pickled = pickle.dumps(memory)
+    assert len(pickled) < 3 * 500 * 1024
+    assert pickle.loads(pickled).read(key(77))["x"].tolist() == [77.0] * 256
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts file handles as Linux lists them")
+def test_memory_takes_few_file_handles_to_reach_workers():
+    memory = MemoryStore()
+    for number in range(500):
+        memory.write({key(number): {"x": torch.zeros(256)}})
+    before = len(os.listdir("/proc/self/fd"))
+    ForkingPickler.dumps(memory)
+    assert len(os.listdir("/proc/self/fd")) < before + 20
+
+
+# The files
+
+
+def test_shards_open_with_the_formats_own_loader(tmp_path):
+    with PackedStore(tmp_path, pending_bytes=2000, shard_bytes=20_000) as packed:
+        put(packed, range(60))
+    assert 2 < len(shards(tmp_path)) < 16  # some were merged
+    found = {}
+    for path in shards(tmp_path):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                found[name] = file.get_tensor(name)
+    assert len(found) == 180
+    for number in range(60):
+        same({name: found[f"{key(number)}/{name}"] for name in ("context", "ids", "mask")}, entry(number))
+
+
+def test_shards_appear_only_when_there_is_enough(tmp_path):
+    packed = PackedStore(tmp_path / "cache", pending_bytes=10_000)
+    assert not (tmp_path / "cache").exists()
+    put(packed, range(10))
+    assert shards(tmp_path / "cache") == []
+    assert present(packed, range(11)) == list(range(10))
+    assert present(PackedStore(tmp_path / "cache"), range(11)) == []
+    put(packed, range(10, 24))
+    assert len(shards(tmp_path / "cache")) == 1
+    packed.flush()
+    packed.flush()
+    assert len(shards(tmp_path / "cache")) == 2
+    assert present(PackedStore(tmp_path / "cache"), range(30)) == list(range(24))
+
+
+def test_a_slow_writer_does_not_wait_for_a_full_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_MOST_PENDING_SECONDS", 0.05)
+    packed = PackedStore(tmp_path)
+    put(packed, [0])
+    assert shards(tmp_path) == []
+    time.sleep(0.06)
+    put(packed, [1])
+    assert present(PackedStore(tmp_path), range(3)) == [0, 1]
+
+
+def test_small_shards_are_merged(tmp_path):
+    reader = PackedStore(tmp_path)
+    packed = PackedStore(tmp_path, pending_bytes=1, shard_bytes=6_000)
+    put(packed, range(10))
+    assert present(reader, range(20)) == list(range(10))  # the reader now has the small shards open
+    put(packed, range(10, 80))
+    sizes = [path.stat().st_size for path in shards(tmp_path)]
+    assert len(sizes) < 40
+    assert max(sizes) < 8_000
+    assert present(reader, range(90)) == list(range(80))
+    assert present(PackedStore(tmp_path), range(90)) == list(range(80))
+
+
+def test_a_merged_shard_replaces_its_sources(tmp_path):
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(15))
+    before = shards(tmp_path)
+    assert len(before) == 15
+    put(packed, [15])
+    assert len(shards(tmp_path)) == 1
+    assert shards(tmp_path)[0] not in before
+
+
+def test_only_a_few_shards_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_MOST_OPEN_SHARDS", 3)
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(12))
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    for _ in range(2):
+        assert present(packed, range(12)) == list(range(12))
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_many_keys_are_looked_up_at_once(tmp_path):
+    packed = PackedStore(tmp_path)
+    put(packed, range(50))
+    packed.flush()
+    start = time.perf_counter()
+    assert len(packed.missing(key(number) for number in range(100_000))) == 99_950
+    assert time.perf_counter() - start < 5
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    foreign = tmp_path / f"{uuid.uuid4().hex}.safetensors"
+    header = json.dumps({f"{key(1)}/x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    foreign.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(2, 40))
+    assert present(packed, range(50)) == list(range(2, 40))
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+    assert foreign.exists()
+
+
+# Damage
+
+
+@pytest.mark.parametrize("damage", ["removed", "truncated", "emptied", "longer"])
+def test_a_damaged_shard_is_missing_and_written_again(tmp_path, damage):
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(3))
+    path = next(p for p in shards(tmp_path) if key(1) in p.read_bytes().decode("latin-1"))
+    if damage == "removed":
+        path.unlink()
+    elif damage == "truncated":
+        os.truncate(path, path.stat().st_size - 1)
+    elif damage == "emptied":
+        os.truncate(path, 0)
+    else:
+        path.write_bytes(path.read_bytes() + b"\0")
+    fresh = PackedStore(tmp_path, pending_bytes=1)
+    assert fresh.missing(map(key, range(3))) == [key(1)]
+    with pytest.raises(KeyError, match=f"lost the entry {key(1)}"):
+        fresh.read(key(1))
+    put(fresh, range(3))
+    assert present(fresh, range(3)) == [0, 1, 2]
+    assert present(PackedStore(tmp_path), range(3)) == [0, 1, 2]
+
+
+def test_a_missing_index_is_rebuilt(tmp_path):
+    with PackedStore(tmp_path, pending_bytes=3000) as packed:
+        put(packed, range(30))
+    (tmp_path / INDEX_NAME).unlink()
+    assert present(PackedStore(tmp_path), range(31)) == list(range(30))
+
+
+def test_rebuild_index(tmp_path):
+    packed = PackedStore(tmp_path, pending_bytes=3000)
+    put(packed, range(30))
+    packed.flush()
+    database = sqlite3.connect(tmp_path / INDEX_NAME)
+    database.execute("DELETE FROM entries WHERE key < ?", (key(10),))
+    database.commit()
+    database.close()
+    assert present(packed, range(30)) == list(range(10, 30))
+    packed.rebuild_index()
+    assert present(packed, range(30)) == list(range(30))
+
+
+def test_a_damaged_index_says_what_to_do(tmp_path):
+    with PackedStore(tmp_path) as packed:
+        put(packed, range(3))
+    (tmp_path / INDEX_NAME).write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(ConfigError, match=r"index\.sqlite is damaged .* Delete this one file"):
+        PackedStore(tmp_path).missing([key(1)])
+    (tmp_path / INDEX_NAME).unlink()
+    assert present(PackedStore(tmp_path), range(4)) == [0, 1, 2]
+
+
+def test_an_index_of_another_version_is_refused(tmp_path):
+    with PackedStore(tmp_path) as packed:
+        put(packed, range(3))
+    database = sqlite3.connect(tmp_path / INDEX_NAME)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(ConfigError, match=r"another version \(99; this one reads 1\)"):
+        PackedStore(tmp_path).read(key(1))
+
+
+def test_unfinished_files_of_killed_writers_go_after_an_hour(tmp_path):
+    old, new = (tmp_path / f".{uuid.uuid4().hex}.safetensors.{uuid.uuid4().hex}.partial" for _ in range(2))
+    other = tmp_path / ".model.safetensors.abc.partial"
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 4000,) * 2)
+    PackedStore(tmp_path).missing([])
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
+
+
+def write_on_a_full_disk(directory):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    packed = PackedStore(directory)
+    try:
+        with packed:
+            packed.write({"large": {"x": torch.zeros(200_000)}})
+    except ConfigError as error:
+        assert "can't be written" in str(error)
+        assert "--cache_dir" in str(error)
+        assert "\n" not in str(error)
+        put(packed, [3])
+        packed.close()
+        os._exit(0)
+    os._exit(1)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_store_stays(tmp_path):
+    with PackedStore(tmp_path) as packed:
+        put(packed, range(3))
+    assert in_child(write_on_a_full_disk, tmp_path) == 0
+    assert present(packed, range(5)) == [0, 1, 2, 3]
+    assert packed.missing(["large"]) == ["large"]
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+# Death
+
+
+def write_until_killed(directory, begin, started):
+    started.set()
+    packed = PackedStore(directory, pending_bytes=1500, shard_bytes=12_000)
+    for number in range(begin, begin + 100_000):
+        packed.write({key(number): entry(number)})
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_readable_store(tmp_path):
+    moment = random.Random(0)
+    done = 0
+    for _ in range(25):
+        started = FORK.Event()
+        process = FORK.Process(target=write_until_killed, args=(tmp_path, done, started))
+        process.start()
+        started.wait()
+        time.sleep(moment.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        found = present(PackedStore(tmp_path), range(done + 400))
+        assert found == list(range(len(found)))  # in order and without holes
+        assert len(found) >= done  # nothing is lost again
+        done = len(found)
+    assert done > 20
+    (tmp_path / INDEX_NAME).unlink()
+    assert present(PackedStore(tmp_path), range(done + 1)) == list(range(done))
+
+
+def die_at(point, directory, begin):
+    """Writes entries and dies at the named moment of the 16th shard, when the small ones are merged."""
+    packed = PackedStore(directory, pending_bytes=1)
+    put(packed, range(begin, begin + 15))
+
+    def then_die(function):
+        def dying(*arguments):
+            function(*arguments)
+            os._exit(7)
+
+        return dying
+
+    if point == "shard written, not in the index":
+        store.write_shard = then_die(store.write_shard)
+    elif point == "in the index, not committed":
+        shard_index.ShardIndex._register = then_die(shard_index.ShardIndex._register)
+    elif point == "merged, not in the index":
+        shard_index.merge_shards = then_die(shard_index.merge_shards)
+    else:
+        shard_index._remove = lambda path: os._exit(7)
+    put(packed, [begin + 15])
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "shard written, not in the index",
+        "in the index, not committed",
+        "merged, not in the index",
+        "merged, sources not removed",
+    ],
+)
+def test_dying_between_the_steps(tmp_path, point):
+    assert in_child(die_at, point, tmp_path, 0) == 7
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    assert present(packed, range(40)) == list(range(16))  # a complete shard is found again
+    put(packed, range(16, 40))
+    assert present(packed, range(40)) == list(range(40))
+    assert len(shards(tmp_path)) < 16
+    held = sum(path.stat().st_size for path in shards(tmp_path))
+    assert held < 40 * 1100  # nothing is kept twice
+
+
+# Several processes
+
+
+def check_reading(target, numbers, times=3):
+    assert [number for number in numbers if key(number) not in target.missing(map(key, numbers))] == list(numbers)
+    for _ in range(times):
+        for number in numbers:
+            same(target.read(key(number)), entry(number))
+
+
+def check_all(stores):
+    for target in stores:
+        check_reading(target, range(20), 30)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_readers_in_other_processes(tmp_path, method):
+    stores = [MemoryStore(), PackedStore(tmp_path)]
+    for target in stores:
+        put(target, range(20))
+        target.flush()
+        present(target, range(20))  # so that files are open when the process forks
+    context = multiprocessing.get_context(method)
+    readers = [context.Process(target=check_all, args=(stores,)) for _ in range(2 if method == "fork" else 1)]
+    for process in readers:
+        process.start()
+    check_all(stores)  # at the same time: an inherited file would share its position
+    for process in readers:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def test_pickling_flushes(tmp_path):
+    packed = PackedStore(tmp_path)
+    put(packed, range(3))
+    copy = pickle.loads(pickle.dumps(packed))
+    assert present(copy, range(4)) == [0, 1, 2]
+
+
+def child_that_exits_at_once(packed):
+    packed.close()
+
+
+def test_a_forked_child_leaves_its_parents_entries_alone(tmp_path):
+    packed = PackedStore(tmp_path)
+    put(packed, range(3))
+    assert in_child(child_that_exits_at_once, packed) == 0
+    assert shards(tmp_path) == []
+    packed.flush()
+    assert present(PackedStore(tmp_path), range(4)) == [0, 1, 2]
+
+
+def write_range(directory, numbers, seed):
+    numbers = list(numbers)
+    random.Random(seed).shuffle(numbers)
+    with PackedStore(directory, pending_bytes=3000, shard_bytes=30_000) as packed:
+        put(packed, numbers)
+
+
+def test_two_writers_and_a_reader_at_once(tmp_path):
+    writers = [
+        FORK.Process(target=write_range, args=(tmp_path, range(0, 200), 1)),
+        FORK.Process(target=write_range, args=(tmp_path, range(100, 300), 2)),
+    ]
+    reader = PackedStore(tmp_path)
+    for process in writers:
+        process.start()
+    rounds, last = 0, 0
+    while any(process.is_alive() for process in writers):
+        found = present(reader, range(300))
+        assert len(found) >= last
+        rounds, last = rounds + 1, len(found)
+    for process in writers:
+        process.join()
+        assert process.exitcode == 0
+    assert rounds > 0
+    assert present(reader, range(310)) == list(range(300))
+
+
+def test_threads_may_share_a_store(tmp_path):
+    packed = PackedStore(tmp_path, pending_bytes=1500, shard_bytes=12_000)
+    put(packed, range(50))
+    problems = []
+
+    def read_all(seed):
+        numbers = list(range(50))
+        random.Random(seed).shuffle(numbers)
+        try:
+            check_reading(packed, numbers)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=read_all, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    put(packed, range(50, 100))
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert present(packed, range(110)) == list(range(100))
