@@ -1,0 +1,303 @@
+"""Spellings of an adapter file: kohya's (ComfyUI and most programs) and diffusers' (PEFT keys).
+
+kohya: ``<prefix>_<path with underscores>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``. The strength is
+alpha / rank; without an alpha it is 1.
+
+diffusers: ``<component>.<path>.lora_A.weight`` (down), ``.lora_B.weight`` (up); the strength is 1 unless the metadata
+entry ``lora_adapter_metadata`` says otherwise. It has three layers where ours is fused (one ``qkv``):
+
+* fused to separate is exact: all three share ``down``, and ``up`` is cut in three.
+* separate to fused is exact at the same rank where the three share ``down`` and their strength. Otherwise ``down`` are
+  stacked and ``up`` become the blocks of a block-diagonal matrix: exact too, at the sum of the ranks.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.config.errors import ConfigError
+from library.records import AdapterTargets, FusedLinear
+from networks.lora_layer import LoraWeights
+from networks.targeting import kohya_name
+
+KOHYA, DIFFUSERS = "kohya", "diffusers"
+PEFT_METADATA = "lora_adapter_metadata"
+
+_KOHYA_KEY = re.compile(r"(?P<name>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
+_KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+_DIFFUSERS_KEY = re.compile(
+    r"(?P<name>.+?)\.(?P<part>lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up|alpha)"
+    r"(?:\.default)?(?:\.weight)?"
+)
+_DIFFUSERS_PARTS = {
+    "lora_A": "down",
+    "lora.down": "down",
+    "lora_linear_layer.down": "down",
+    "lora_B": "up",
+    "lora.up": "up",
+    "lora_linear_layer.up": "up",
+    "alpha": "alpha",
+}
+_OTHER_METHODS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    ".hada_w": "LoHa",
+    ".lokr_w": "LoKr",
+    ".lora_mid": "Tucker LoCon",
+    ".oft_": "OFT",
+    "lora_B.bias": "LoRA with biases",
+}
+
+
+@dataclass(frozen=True)
+class DiffusersPlace:
+    """Where diffusers keeps one layer of ours.
+
+    Attributes:
+        name: Our layer's name in kohya's spelling.
+        prefix: Of diffusers' keys: ``transformer``.
+        layer: Diffusers' layers and how their rows lie.
+    """
+
+    name: str
+    prefix: str
+    layer: FusedLinear
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Diffusers' layers, prefix included."""
+        return tuple(f"{self.prefix}.{part}" for part in self.layer.parts)
+
+
+def diffusers_places(targets: Mapping[str, AdapterTargets]) -> dict[str, DiffusersPlace]:
+    """This maps our layers' names to their places in diffusers, for every layer that has one."""
+    places = (
+        DiffusersPlace(kohya_name(target.prefix, path), target.diffusers_prefix, layer)
+        for target in targets.values()
+        if target.diffusers_prefix
+        for path, layer in target.fused.items()
+    )
+    return {place.name: place for place in places}
+
+
+def detect_format(keys: Iterable[str], targets: Mapping[str, AdapterTargets], source: str) -> str:
+    """This tells which spelling a file's keys are in.
+
+    Args:
+        keys: The file's tensor names.
+        targets: The family's, by component.
+        source: The file, for the error.
+
+    Raises:
+        ConfigError: It is neither, or another kind of adapter.
+    """
+    keys = list(keys)
+    for marker, method in _OTHER_METHODS.items():
+        if any(marker in key for key in keys):
+            raise ConfigError(f"{source} is a {method} adapter; only LoRA can be read")
+    theirs = {target.diffusers_prefix for target in targets.values() if target.diffusers_prefix}
+    if any(_KOHYA_KEY.fullmatch(key) and _component(key, targets) for key in keys):
+        return KOHYA
+    if any(_DIFFUSERS_KEY.fullmatch(key) and key.split(".")[0] in theirs for key in keys):
+        return DIFFUSERS
+    ours = ", ".join(f"{target.prefix}_*" for target in targets.values())
+    raise ConfigError(
+        f"{source} is not a LoRA for this model: its keys look like {_some(sorted(keys))}; expected {ours}, or "
+        + ", ".join(f"{prefix}.*" for prefix in sorted(theirs))
+    )
+
+
+def components_of(names: Iterable[str], targets: Mapping[str, AdapterTargets]) -> set[str]:
+    """The components that layers in kohya's spelling belong to."""
+    return {component for name in names if (component := _component(name, targets))}
+
+
+def read_weights(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], targets: Mapping[str, AdapterTargets], source: str
+) -> dict[str, LoraWeights]:
+    """This reads an adapter in either spelling.
+
+    Args:
+        tensors: The file's tensors.
+        metadata: The file's metadata.
+        targets: The family's, by component.
+        source: The file, for errors.
+
+    Returns:
+        By layer name in kohya's spelling.
+
+    Raises:
+        ConfigError: The file isn't a LoRA for this model, is incomplete, or contradicts itself.
+    """
+    if detect_format(tensors, targets, source) == KOHYA:
+        parts = _by_layer(tensors, _KOHYA_KEY, _KOHYA_PARTS, source)
+        if strange := sorted(name for name in parts if not _component(name, targets)):
+            expected = ", ".join(f"{target.prefix}_*" for target in targets.values())
+            raise ConfigError(
+                f"{source}: {len(strange)} layers are not this model's: {_some(strange)}; expected {expected}"
+            )
+        return {name: _weights(name, given, None, source) for name, given in parts.items()}
+    return _from_diffusers(tensors, metadata, targets, source)
+
+
+def to_kohya(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
+    """This spells an adapter kohya's way."""
+    tensors = {}
+    for name, layer in weights.items():
+        tensors[f"{name}.lora_down.weight"] = layer.down
+        tensors[f"{name}.lora_up.weight"] = layer.up
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    return tensors
+
+
+def to_diffusers(
+    weights: Mapping[str, LoraWeights], targets: Mapping[str, AdapterTargets]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """This spells an adapter diffusers' way.
+
+    The strength is multiplied into ``down``, so that readers that know no alpha apply the right one; ``down`` is not
+    small, so fp16 keeps it exact enough. The metadata says the same again, because ranks that differ between layers
+    would be misread without it by some versions.
+
+    Returns:
+        Tensors, and metadata entries for the file.
+
+    Raises:
+        ConfigError: Diffusers has no place for a layer.
+    """
+    places = diffusers_places(targets)
+    if homeless := sorted(set(weights) - set(places)):
+        raise ConfigError(
+            f"diffusers has no place for {len(homeless)} layers, such as {homeless[0]}; use kohya's spelling for them "
+            "(--save_format kohya)"
+        )
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    for name, layer in weights.items():
+        place = places[name]
+        down = (layer.down.float() * (layer.alpha / layer.rank)).to(layer.down.dtype)
+        up = _swapped(layer.up) if place.layer.swap_halves else layer.up
+        for part, path, rows in zip(place.parts, place.layer.parts, up.chunk(len(place.parts))):
+            tensors[f"{part}.lora_A.weight"] = down
+            tensors[f"{part}.lora_B.weight"] = rows
+            ranks.setdefault(place.prefix, {})[path] = layer.rank
+    return tensors, {"format": "pt", PEFT_METADATA: json.dumps(_peft_config(ranks), sort_keys=True)}
+
+
+def _peft_config(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for prefix, of_layer in ranks.items():
+        common = Counter(of_layer.values()).most_common(1)[0][0]
+        others = {path: rank for path, rank in of_layer.items() if rank != common}
+        config |= {
+            f"{prefix}.r": common,
+            f"{prefix}.lora_alpha": common,
+            f"{prefix}.rank_pattern": others,
+            f"{prefix}.alpha_pattern": others,
+            f"{prefix}.target_modules": sorted(of_layer),
+        }
+    return config
+
+
+def _from_diffusers(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], targets: Mapping[str, AdapterTargets], source: str
+) -> dict[str, LoraWeights]:
+    given = _by_layer(tensors, _DIFFUSERS_KEY, _DIFFUSERS_PARTS, source)
+    places = diffusers_places(targets).values()
+    if unknown := sorted(set(given) - {part for place in places for part in place.parts}):
+        raise ConfigError(f"{source}: {len(unknown)} layers are not this model's: {_some(unknown)}")
+    try:
+        config = json.loads(metadata.get(PEFT_METADATA) or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{source}: its metadata entry {PEFT_METADATA} is damaged ({error})") from error
+    layers = {name: _weights(name, parts, config, source) for name, parts in given.items()}
+    return {
+        place.name: _joined(place, [layers.get(part) for part in place.parts], source)
+        for place in places
+        if any(part in layers for part in place.parts)
+    }
+
+
+def _joined(place: DiffusersPlace, parts: Sequence[LoraWeights | None], source: str) -> LoraWeights:
+    """One layer of ours from diffusers' layers; those without an adapter (None) contribute zero rows."""
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    if len(parts) == 1:
+        return first._replace(up=_swapped(first.up)) if place.layer.swap_halves else first
+    if any(part.up.shape[0] != first.up.shape[0] for part in present):
+        raise ConfigError(f"{source}: {', '.join(place.parts)} don't have the same size; the file is damaged")
+    nothing = torch.zeros_like(first.up)
+    if all(torch.equal(part.down, first.down) and part.alpha == first.alpha for part in present):
+        up = torch.cat([nothing if part is None else part.up for part in parts])
+        return LoraWeights(first.down, up, first.alpha)
+    columns = []
+    for owner in present:
+        # Each part's own strength goes into its up, because the joint layer has one strength, 1.
+        scaled = (owner.up.float() * (owner.alpha / owner.rank)).to(owner.up.dtype)
+        columns.append(torch.cat([scaled if part is owner else torch.zeros_like(scaled) for part in parts]))
+    up = torch.cat(columns, dim=1)
+    return LoraWeights(torch.cat([part.down for part in present]), up, float(up.shape[1]))
+
+
+def _by_layer(
+    tensors: Mapping[str, Tensor], pattern: re.Pattern[str], names: Mapping[str, str], source: str
+) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = pattern.fullmatch(key)
+        if match is None:
+            strange.append(key)
+        else:
+            layers.setdefault(match["name"], {})[names[match["part"]]] = tensor
+    if strange:
+        raise ConfigError(f"{source}: {len(strange)} keys are not a LoRA's: {_some(sorted(strange))}")
+    return layers
+
+
+def _weights(name: str, parts: Mapping[str, Tensor], peft_config: Mapping[str, Any] | None, source: str) -> LoraWeights:
+    missing = [part for part in ("down", "up") if part not in parts]
+    if missing:
+        raise ConfigError(f"{source}: {name} has no {missing[0]} weights; the file is incomplete")
+    down, up = parts["down"], parts["up"]
+    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0] or down.shape[0] == 0:
+        raise ConfigError(
+            f"{source}: {name} has down {list(down.shape)} and up {list(up.shape)}, which have no rank in common"
+        )
+    rank = down.shape[0]
+    if "alpha" in parts:
+        alpha = float(parts["alpha"])
+    else:
+        alpha = _peft_alpha(name, rank, peft_config) if peft_config else float(rank)
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in (down, up, torch.tensor(alpha))):
+        raise ConfigError(f"{source}: {name} has numbers that are not finite; the adapter is broken")
+    return LoraWeights(down, up, alpha)
+
+
+def _peft_alpha(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """The alpha by kohya's rule (strength alpha / rank) that gives the strength of PEFT's configuration."""
+    prefix, path = name.split(".", 1)
+    pattern = config.get(f"{prefix}.alpha_pattern") or {}
+    matching = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
+    alpha = float(next(matching, config.get(f"{prefix}.lora_alpha", rank)))
+    return alpha * rank**0.5 if config.get(f"{prefix}.use_rslora") else alpha
+
+
+def _component(name: str, targets: Mapping[str, AdapterTargets]) -> str | None:
+    matching = (component for component, target in targets.items() if name.startswith(f"{target.prefix}_"))
+    return next(matching, None)
+
+
+def _swapped(rows: Tensor) -> Tensor:
+    first, second = rows.chunk(2)
+    return torch.cat([second, first])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,239 @@
+"""From options or files to an adapter on the model."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from library.config.errors import ConfigError
+from library.config.network import NetworkConfig
+from library.config.optimizer import OptimizerConfig
+from library.io.header import read_header
+from library.io.safetensors import load_tensors
+from library.records import AdapterTargets
+from networks.key_formats import DIFFUSERS, components_of, detect_format, read_weights
+from networks.lora import LoraNetwork, attach, inject, size_metadata
+from networks.lora_layer import LoraWeights
+from networks.lora_settings import LoraSettings, read_settings
+from networks.targeting import TargetedLayer, all_layers, trained_components
+
+if TYPE_CHECKING:
+    from library.config.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_network(
+    network: NetworkConfig, optimizer: OptimizerConfig, targets: Mapping[str, AdapterTargets]
+) -> tuple[str, ...]:
+    """This finds what is wrong with the adapter's options before any model is loaded; files are read by their headers.
+
+    Args:
+        network: The adapter's options.
+        optimizer: The learning rates.
+        targets: The family's, by component.
+
+    Returns:
+        The components that will be trained.
+
+    Raises:
+        ConfigError: Something can't work.
+    """
+    settings = read_settings(network, targets)
+    components = trained_components(network, settings, optimizer, targets)
+    homeless = [component for component in components if not targets[component].diffusers_prefix]
+    if network.save_format != "kohya" and homeless:
+        raise ConfigError(
+            f"--save_format {network.save_format}: diffusers has no place for an adapter of {homeless[0]}; use "
+            "--save_format kohya, or don't train it"
+        )
+    for path in (*network.base_weights, *([network.network_weights] if network.network_weights else [])):
+        detect_format(read_header(path).tensors, targets, str(path))
+    return components
+
+
+def create_network(
+    config: "RunConfig", roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], run_seed: int
+) -> LoraNetwork:
+    """This puts the adapter that the user asked for on the model.
+
+    Components whose learning rate is 0 get none: they would be saved without having learned anything.
+
+    Args:
+        config: Groups ``network`` and ``optimizer``.
+        roots: The components that are loaded, by name. Those that aren't trained are left alone.
+        targets: The family's, by component.
+        run_seed: Decides the first values.
+
+    Raises:
+        ConfigError: The options can't work, or a component to train isn't loaded.
+    """
+    network = config.network
+    assert network is not None, "this run trains no adapter"
+    settings = read_settings(network, targets)
+    components = check_network(network, config.optimizer, targets)
+    if missing := [component for component in components if component not in roots]:
+        raise ConfigError(
+            f"the adapter would train {', '.join(missing)}, which this run doesn't load: its file isn't given, "
+            "or its outputs are cached; change that, or add --network_train_unet_only"
+        )
+    trained = {component: roots[component] for component in components}
+    metadata = {"ss_network_args": network.network_args_json} if network.network_args else {}
+    if network.network_weights is None:
+        return inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
+    if network.dim_from_weights:
+        return _from_file(network.network_weights, trained, targets, settings, metadata, partial=True)
+    created = inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
+    _start_from(created, network.network_weights, trained, targets)
+    return created
+
+
+def load_adapter(
+    path: str,
+    roots: Mapping[str, nn.Module],
+    targets: Mapping[str, AdapterTargets],
+    multiplier: float = 1.0,
+    *,
+    partial: bool = False,
+) -> LoraNetwork:
+    """This puts a saved adapter on the model, for making pictures: frozen and in eval mode.
+
+    Ranks and alphas are the file's.
+
+    Args:
+        path: The file, in either spelling.
+        roots: The components that are loaded, by name.
+        targets: The family's, by component.
+        multiplier: Strength; 1 is as trained.
+        partial: Leave out what belongs to components that aren't in ``roots``, for callers that load one after another.
+            See ``adapter_components``.
+
+    Raises:
+        ConfigError: The file is not a LoRA for this model, or changes components that aren't in ``roots``.
+    """
+    settings = LoraSettings(rank=1, alpha=0.0)
+    network = _from_file(path, roots, targets, settings, {}, partial=partial)
+    network.set_multiplier(multiplier)
+    return network.eval().requires_grad_(False)
+
+
+def adapter_components(path: str, targets: Mapping[str, AdapterTargets]) -> set[str]:
+    """The components that an adapter file changes, from its header alone.
+
+    Raises:
+        ConfigError: The file is not a LoRA for this model.
+    """
+    keys = read_header(path).tensors
+    if detect_format(keys, targets, str(path)) == DIFFUSERS:
+        prefixes = {key.split(".")[0] for key in keys}
+        return {component for component, target in targets.items() if target.diffusers_prefix in prefixes}
+    return components_of(keys, targets)
+
+
+def read_adapter(path: str, targets: Mapping[str, AdapterTargets]) -> dict[str, LoraWeights]:
+    """This reads an adapter file in either spelling.
+
+    Returns:
+        By layer name in kohya's spelling, on the CPU.
+
+    Raises:
+        ConfigError: The file is not a readable LoRA for this model.
+    """
+    header = read_header(path)
+    detect_format(header.tensors, targets, str(path))
+    return read_weights(dict(load_tensors(header)), header.metadata, targets, str(path))
+
+
+def layers_by_name(roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets]) -> dict[str, TargetedLayer]:
+    """Every layer of the model that could have an adapter, by name in kohya's spelling."""
+    layers = (TargetedLayer(name, component, base, 0, 0.0) for name, component, _, base in all_layers(roots, targets))
+    return {layer.name: layer for layer in layers}
+
+
+def match_layers(
+    weights: Mapping[str, LoraWeights],
+    layers: Mapping[str, TargetedLayer],
+    roots: Mapping[str, nn.Module],
+    targets: Mapping[str, AdapterTargets],
+    source: str,
+    *,
+    partial: bool,
+) -> list[TargetedLayer]:
+    """This finds the layers that a file's weights are for, with the file's ranks and alphas.
+
+    Args:
+        weights: By name.
+        layers: All layers of ``roots``, by name.
+        roots: The components that are loaded.
+        targets: The family's, by component.
+        source: The file, for errors.
+        partial: Leave out what belongs to components that aren't in ``roots``.
+
+    Raises:
+        ConfigError: A layer isn't in the model, has another size, or belongs to a component that isn't loaded.
+    """
+    absent = components_of(weights, targets) - set(roots)
+    if absent and not partial:
+        raise ConfigError(
+            f"{source} also changes {', '.join(sorted(absent))}, which this run doesn't load at this point"
+        )
+    here = {name: given for name, given in weights.items() if not components_of([name], targets) & absent}
+    if unknown := sorted(set(here) - set(layers)):
+        raise ConfigError(
+            f"{source} is for another model: {len(unknown)} of its {len(weights)} layers don't exist here, such as "
+            f"{', '.join(unknown[:3])}"
+        )
+    for name, given in here.items():
+        expected = tuple(layers[name].base.weight.shape)
+        found = (given.up.shape[0], *given.down.shape[1:])
+        if found != expected:
+            raise ConfigError(
+                f"{source} is for another model: {name} changes a weight of size {list(found)}, here it has "
+                f"{list(expected)}"
+            )
+    return [replace(layers[name], rank=given.rank, alpha=given.alpha) for name, given in here.items()]
+
+
+def _from_file(
+    path: str,
+    roots: Mapping[str, nn.Module],
+    targets: Mapping[str, AdapterTargets],
+    settings: LoraSettings,
+    metadata: Mapping[str, str],
+    *,
+    partial: bool,
+) -> LoraNetwork:
+    weights = read_adapter(path, targets)
+    layers = match_layers(weights, layers_by_name(roots, targets), roots, targets, path, partial=partial)
+    if not layers:
+        raise ConfigError(f"{path} has nothing for {', '.join(roots)}")
+    used = {layer.name: weights[layer.name] for layer in layers}
+    network = attach(layers, targets, settings, metadata={**metadata, **size_metadata(list(used.values()))})
+    network.load_weights(used, path)
+    _report(path, used=len(used), in_file=len(weights), without=0)
+    return network
+
+
+def _start_from(
+    network: LoraNetwork, path: str, roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets]
+) -> None:
+    weights = read_adapter(path, targets)
+    match_layers(weights, layers_by_name(roots, targets), roots, targets, path, partial=True)
+    own = network.modules_by_name
+    used = {name: given for name, given in weights.items() if name in own}
+    if not used:
+        raise ConfigError(f"--network_weights {path} has nothing for the layers that this run trains")
+    network.load_weights(used, path)
+    _report(path, used=len(used), in_file=len(weights), without=len(own) - len(used))
+
+
+def _report(path: str, *, used: int, in_file: int, without: int) -> None:
+    log.info("%s: %d layers loaded", path, used)
+    if used < in_file:
+        log.warning(
+            "%s: %d of its %d layers are left out, as this run doesn't change them", path, in_file - used, in_file
+        )
+    if without:
+        log.warning("%s has nothing for %d layers of this adapter; they start at zero", path, without)

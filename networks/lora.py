@@ -1,0 +1,274 @@
+"""LoRA on a whole model: many layers' updates as one module that is trained, saved and switched off together."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from library.config.errors import ConfigError
+from library.config.optimizer import OptimizerConfig
+from library.records import AdapterTargets
+from networks.key_formats import KOHYA, to_diffusers, to_kohya
+from networks.lora_layer import Dropouts, LoraLayer, LoraWeights
+from networks.lora_settings import LoraSettings
+from networks.targeting import DENOISER, TargetedLayer, learning_rates, select_layers
+
+# A file's alpha may have been rounded to bf16.
+_ALPHA_TOLERANCE = 0.01
+
+
+class WeightNorms(NamedTuple):
+    """What ``scale_weight_norms`` did, as tensors (), so that nobody waits for the device.
+
+    Attributes:
+        scaled: How many layers were above the limit.
+        mean: Mean norm of the layers' updates, afterwards.
+        largest: Largest norm, afterwards.
+    """
+
+    scaled: Tensor
+    mean: Tensor
+    largest: Tensor
+
+
+class LoraNetwork(nn.Module):
+    """The adapter of a model. Its state dict holds the updates alone, in kohya's key names without the alphas.
+
+    Args:
+        layers: The updates by name in kohya's spelling; they act already.
+        targets: The family's, by component.
+        settings: Learning-rate ratios.
+        metadata: Entries for saved files that describe the adapter.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LoraLayer],
+        targets: Mapping[str, AdapterTargets],
+        settings: LoraSettings,
+        metadata: Mapping[str, str],
+    ):
+        super().__init__()
+        self.targets = targets
+        self.settings = settings
+        self.metadata = dict(metadata)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    @property
+    def modules_by_name(self) -> dict[str, LoraLayer]:
+        """The updates by name in kohya's spelling, in the order of the model's layers."""
+        return dict(self.named_children())  # type: ignore[arg-type]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The parts of the model that have an adapter."""
+        return tuple(dict.fromkeys(layer.component for layer in self.modules_by_name.values()))
+
+    def component_parameters(self, component: str) -> list[nn.Parameter]:
+        """The parameters that change one part of the model; none if it has no adapter."""
+        layers = (layer for layer in self.modules_by_name.values() if layer.component == component)
+        return [parameter for layer in layers for parameter in layer.parameters()]
+
+    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+        """This makes the optimizer's groups: one per component, and with LoRA+ another for its ``up`` weights.
+
+        LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives ``up`` a larger learning rate than ``down``.
+
+        Args:
+            optimizer: The learning rates.
+
+        Returns:
+            ``params``, ``lr`` and ``name`` per group: ``unet``, ``unet plus``, ``textencoder 1``, ...
+
+        Raises:
+            ValueError: A component's learning rate is 0. It should have got no adapter.
+        """
+        rates = learning_rates(optimizer, self.targets)
+        encoders = [component for component in self.targets if component != DENOISER]
+        groups = []
+        for component in self.components:
+            rate = rates[component]
+            if rate <= 0:
+                raise ValueError(f"{component} has learning rate {rate:g}, so it should not have an adapter")
+            of_encoder = component != DENOISER
+            name = f"textencoder {encoders.index(component) + 1}" if of_encoder else "unet"
+            settings = self.settings
+            ratio = settings.loraplus_text_encoder_lr_ratio if of_encoder else settings.loraplus_unet_lr_ratio
+            layers = [layer for layer in self.modules_by_name.values() if layer.component == component]
+            down, up = ([getattr(layer, part).weight for layer in layers] for part in ("lora_down", "lora_up"))
+            if ratio == 1:
+                groups.append({"params": [*down, *up], "lr": rate, "name": name})
+            else:
+                groups.append({"params": down, "lr": rate, "name": name})
+                groups.append({"params": up, "lr": rate * ratio, "name": f"{name} plus"})
+        return groups
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is exactly the base model.
+
+        With gradient checkpointing, a backward pass outside would recompute with the adapter: use it under no_grad.
+        """
+        layers = self.modules_by_name.values()
+        before = [layer.enabled for layer in layers]
+        for layer in layers:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer, enabled in zip(layers, before):
+                layer.enabled = enabled
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """This sets the strength of all updates; 1 is as trained."""
+        for layer in self.modules_by_name.values():
+            layer.multiplier = multiplier
+
+    def remove(self) -> None:
+        """This takes the adapter off the model for good. Several on one model come off last one first.
+
+        Raises:
+            ValueError: Something else has wrapped a layer since.
+        """
+        for layer in self.modules_by_name.values():
+            layer.remove()
+
+    @torch.no_grad()
+    def scale_weight_norms(self, limit: float) -> WeightNorms:
+        """This scales down every update whose Frobenius norm (at multiplier 1) is above ``limit``.
+
+        Half of the factor goes into ``up`` and half into ``down``.
+        """
+        layers = list(self.modules_by_name.values())
+        norms = torch.stack([layer.norm() for layer in layers])
+        factors = (limit / norms.clamp(min=limit)).sqrt()
+        for layer, factor in zip(layers, factors.unbind()):
+            layer.lora_down.weight.mul_(factor)
+            layer.lora_up.weight.mul_(factor)
+        limited = norms.clamp(max=limit)
+        return WeightNorms((norms > limit).sum(), limited.mean(), limited.max())
+
+    def weights(self) -> dict[str, LoraWeights]:
+        """The numbers of all updates, by name in kohya's spelling."""
+        return {name: layer.weights() for name, layer in self.modules_by_name.items()}
+
+    def state_dict_kohya(self) -> dict[str, Tensor]:
+        """The adapter in kohya's spelling, alphas included."""
+        return to_kohya(self.weights())
+
+    def files(self, save_format: str) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """This spells the adapter for saving.
+
+        Args:
+            save_format: ``kohya``, ``diffusers`` or ``both``.
+
+        Returns:
+            By the suffix of the file's name: tensors, and metadata entries that must go into the file.
+        """
+        if save_format == KOHYA:
+            return {"": (self.state_dict_kohya(), self.metadata)}
+        tensors, metadata = to_diffusers(self.weights(), self.targets)
+        diffusers = (tensors, {**self.metadata, **metadata})
+        if save_format == "both":
+            return {"": (self.state_dict_kohya(), self.metadata), "_diffusers": diffusers}
+        return {"": diffusers}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, LoraWeights], source: str) -> None:
+        """This takes over the numbers of the layers in ``weights``; other layers stay as they are.
+
+        Args:
+            weights: By name; all of them must be layers of this adapter.
+            source: Where they come from, for errors.
+
+        Raises:
+            ConfigError: A shape, rank or alpha differs.
+        """
+        layers = self.modules_by_name
+        ranks = {name: (given.rank, layers[name].rank) for name, given in weights.items()}
+        _check_equal("rank", "network_dim", {name: pair for name, pair in ranks.items() if pair[0] != pair[1]}, source)
+        alphas = {name: (given.alpha, layers[name].alpha) for name, given in weights.items()}
+        different = {name: (a, b) for name, (a, b) in alphas.items() if abs(a - b) > _ALPHA_TOLERANCE * b}
+        _check_equal("alpha", "network_alpha", different, source)
+        for name, given in weights.items():
+            for part, value in (("lora_down", given.down), ("lora_up", given.up)):
+                own = getattr(layers[name], part).weight
+                if own.shape != value.shape:
+                    raise ConfigError(
+                        f"{source} is for another model: {name}.{part} is {list(value.shape)}, not {list(own.shape)}"
+                    )
+                own.copy_(value)
+
+
+def inject(
+    roots: Mapping[str, nn.Module],
+    targets: Mapping[str, AdapterTargets],
+    settings: LoraSettings,
+    *,
+    run_seed: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> LoraNetwork:
+    """This gives every targeted layer of ``roots`` an update that is zero at first.
+
+    Args:
+        roots: The components to change, by name; they should be frozen.
+        targets: The family's, by component.
+        settings: Ranks, types, blocks, dropouts.
+        run_seed: Of the run; with a layer's name it decides the layer's first ``down``.
+        metadata: Entries for saved files that describe the adapter.
+
+    Raises:
+        ConfigError: A setting applies to no layer.
+    """
+    layers = select_layers(roots, targets, settings)
+    network = attach(layers, targets, settings, metadata=metadata)
+    for name, layer in network.modules_by_name.items():
+        layer.initialise(run_seed, name)
+    return network
+
+
+def attach(
+    layers: Iterable[TargetedLayer],
+    targets: Mapping[str, AdapterTargets],
+    settings: LoraSettings,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> LoraNetwork:
+    """This gives layers an update whose numbers are still to come (``initialise`` or ``load_weights``).
+
+    Args:
+        layers: Which layers, with rank and alpha.
+        targets: The family's, by component.
+        settings: Dropouts and learning-rate ratios.
+        metadata: Entries for saved files that describe the adapter.
+    """
+    dropouts = Dropouts(settings.dropout, settings.rank_dropout, settings.module_dropout)
+    updates = {
+        layer.name: LoraLayer(
+            layer.base, component=layer.component, rank=layer.rank, alpha=layer.alpha, dropouts=dropouts
+        )
+        for layer in layers
+    }
+    return LoraNetwork(updates, targets, settings, metadata or {})
+
+
+def size_metadata(weights: Sequence[LoraWeights]) -> dict[str, str]:
+    """What saved files say of an adapter whose ranks came from a file: kohya writes ``Dynamic`` where they differ."""
+    ranks, alphas = {layer.rank for layer in weights}, {layer.alpha for layer in weights}
+    return {
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }
+
+
+def _check_equal(what: str, option: str, different: Mapping[str, tuple[float, float]], source: str) -> None:
+    if not different:
+        return
+    name, (given, own) = next(iter(different.items()))
+    raise ConfigError(
+        f"{source} has {what} {given:g} where this run has {own:g} ({name}, and {len(different) - 1} more layers); set "
+        f"--{option} {given:g}, or add --dim_from_weights"
+    )

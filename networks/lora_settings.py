@@ -1,0 +1,189 @@
+"""The adapter's settings: ``--network_dim`` and its companions with ``--network_args``, read once and checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from library.config.errors import ConfigError, nearest_name
+from library.config.network import NetworkConfig, split_network_args
+from library.records import AdapterTargets
+
+_RANKS_BY_HAND = ("conv_dim", "conv_alpha", "emb_dims", "train_block_indices")
+_OWN_NAMES = (
+    "conv_dim",
+    "conv_alpha",
+    "train_block_indices",
+    "dropout",
+    "rank_dropout",
+    "module_dropout",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+)
+_TRUE = ("true", "1", "yes", "on", "y", "t")
+_FALSE = ("false", "0", "no", "off", "n", "f")
+_REFUSED = {
+    "split_qkv": "the fused qkv layer takes one update, which at three times the rank can be any three separate ones. "
+    "Raise the rank (x_attn_dim, context_attn_dim) or remove it",
+    "verbose": "what the adapter changes is logged in any case. Remove it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """How large the adapter is, where it goes and what is dropped while it trains.
+
+    Attributes:
+        rank: Of layers that nothing else is said about.
+        alpha: The update is multiplied by alpha / rank; 0 means alpha = rank.
+        conv_rank: Rank of convolutions with kernels larger than 1; None leaves them out.
+        conv_alpha: Alpha of the same.
+        type_ranks: Name of a layer type (``AdapterTargets.dims``) -> its rank; 0 leaves it out.
+        optional_ranks: Ranks of the layers in ``AdapterTargets.optional``, in that order; 0 leaves them out.
+        block_indices: The blocks that get an adapter; None: all of them.
+        switches: Which of the components' ``AdapterTargets.enabled_by`` are on.
+        dropout: Probability of dropping an activation of the rank.
+        rank_dropout: Probability per sample of dropping a component of the rank.
+        module_dropout: Probability of skipping a layer's update.
+        loraplus_unet_lr_ratio: Learning rate of ``up`` over that of ``down`` in the denoiser (LoRA+).
+        loraplus_text_encoder_lr_ratio: The same in the text encoders.
+    """
+
+    rank: int
+    alpha: float
+    conv_rank: int | None = None
+    conv_alpha: float = 1.0
+    type_ranks: Mapping[str, int] = field(default_factory=dict)
+    optional_ranks: tuple[int, ...] = ()
+    block_indices: tuple[int, ...] | None = None
+    switches: frozenset[str] = frozenset()
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    loraplus_unet_lr_ratio: float = 1.0
+    loraplus_text_encoder_lr_ratio: float = 1.0
+
+
+def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets]) -> LoraSettings:
+    """This reads the settings that the user asked for.
+
+    Args:
+        network: The options.
+        targets: The family's, by component. They say which layer types and switches there are.
+
+    Raises:
+        ConfigError: A name is unknown, a value is unusable, or two contradict each other.
+    """
+    arguments = dict(split_network_args(network.network_args))
+    types = {name for targets_of in targets.values() for name in targets_of.dims}
+    switches = {targets_of.enabled_by for targets_of in targets.values() if targets_of.enabled_by}
+    optional = max((len(targets_of.optional) for targets_of in targets.values()), default=0)
+    _check_names(arguments, {*types, *switches, *_OWN_NAMES, *(["emb_dims"] if optional else [])})
+    if network.dim_from_weights:
+        _check_ranks_come_from_file(arguments, types)
+
+    text = arguments.get
+    ratio = _number("loraplus_lr_ratio", text("loraplus_lr_ratio"), 1.0, above=0.0)
+    if "conv_alpha" in arguments and "conv_dim" not in arguments:
+        raise ConfigError("--network_args conv_alpha does nothing without conv_dim; add conv_dim or remove it")
+    if "dropout" in arguments and network.network_dropout:
+        raise ConfigError("--network_args dropout and --network_dropout mean the same; keep one")
+    return LoraSettings(
+        rank=network.network_dim,
+        alpha=network.network_alpha,
+        conv_rank=_rank("conv_dim", arguments["conv_dim"]) if "conv_dim" in arguments else None,
+        conv_alpha=_number("conv_alpha", text("conv_alpha"), 1.0, minimum=0.0),
+        type_ranks={name: _rank(name, arguments[name], minimum=0) for name in sorted(types) if name in arguments},
+        optional_ranks=_rank_list("emb_dims", arguments["emb_dims"], optional) if "emb_dims" in arguments else (),
+        block_indices=_blocks("train_block_indices", text("train_block_indices", "all")),
+        switches=frozenset(name for name in switches if _boolean(name, text(name, "false"))),
+        dropout=_number("dropout", text("dropout"), network.network_dropout, minimum=0.0, below=1.0),
+        rank_dropout=_number("rank_dropout", text("rank_dropout"), 0.0, minimum=0.0, below=1.0),
+        module_dropout=_number("module_dropout", text("module_dropout"), 0.0, minimum=0.0, below=1.0),
+        loraplus_unet_lr_ratio=_number("loraplus_unet_lr_ratio", text("loraplus_unet_lr_ratio"), ratio, above=0.0),
+        loraplus_text_encoder_lr_ratio=_number(
+            "loraplus_text_encoder_lr_ratio", text("loraplus_text_encoder_lr_ratio"), ratio, above=0.0
+        ),
+    )
+
+
+def _check_names(arguments: Mapping[str, str], known: set[str]) -> None:
+    for name, value in arguments.items():
+        if name in known or (name == "split_qkv" and value.lower() in _FALSE):
+            continue
+        if name in _REFUSED:
+            raise ConfigError(f"--network_args {name}={value} can't be used: {_REFUSED[name]}")
+        near = nearest_name(name, known)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
+        raise ConfigError(f"--network_args: unknown name {name}; {hint}")
+
+
+def _check_ranks_come_from_file(arguments: Mapping[str, str], types: set[str]) -> None:
+    for name in arguments:
+        if name in types or name in _RANKS_BY_HAND:
+            raise ConfigError(
+                f"--network_args {name} does nothing with --dim_from_weights, which takes layers and ranks from the "
+                "file; remove one of the two"
+            )
+
+
+def _number(
+    name: str,
+    text: str | None,
+    default: float,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    if text is None:
+        return default
+    expected = "a number"
+    expected += f" of at least {minimum:g}" if minimum is not None else f" above {above:g}"
+    expected += f" and below {below:g}" if below is not None else ""
+    try:
+        value = float(text)
+    except ValueError:
+        raise _unexpected(name, text, expected) from None
+    in_range = (minimum is None or value >= minimum) and (above is None or value > above)
+    # Negated, so that nan is refused too.
+    if not (in_range and value < (below if below is not None else float("inf"))):
+        raise _unexpected(name, text, expected)
+    return value
+
+
+def _rank(name: str, text: str, *, minimum: int = 1) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise _unexpected(name, text, f"a whole number of at least {minimum}")
+    return int(text)
+
+
+def _rank_list(name: str, text: str, count: int) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.strip("[]()").split(",")]
+    if len(parts) != count:
+        raise _unexpected(name, text, f"{count} whole numbers, such as [{','.join(['4'] * count)}]")
+    return tuple(_rank(name, part, minimum=0) for part in parts)
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise _unexpected(name, text, "true or false")
+    return text.lower() in _TRUE
+
+
+def _blocks(name: str, text: str) -> tuple[int, ...] | None:
+    if text == "all":
+        return None
+    if text == "none":
+        return ()
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (number.strip() for number in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise _unexpected(name, text, "all, none or block numbers such as 0,3-7")
+        chosen.update(range(int(first), int(last) + 1))
+    return tuple(sorted(chosen))
+
+
+def _unexpected(name: str, text: str, expected: str) -> ConfigError:
+    return ConfigError(f"--network_args {name}: expected {expected}, got {text!r}")

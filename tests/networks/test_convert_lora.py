@@ -1,0 +1,64 @@
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tools.convert_lora import main
+
+LAST = {"sd3.5-medium": (1536, 23), "sd3.5-large": (2432, 37)}
+
+
+def kohya_file(path, width, block, extra=None):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, rows in (("attn_qkv", 3), ("adaLN_modulation_1", 2)):
+        name = f"lora_unet_joint_blocks_{block}_context_block_{layer}"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, width, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(rows * width, 2, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(
+        tensors | (extra or {}), path, {"ss_network_dim": "2", "ss_network_alpha": "1.0", "sshs_model_hash": "old"}
+    )
+    return tensors
+
+
+@pytest.mark.parametrize(("width", "block"), LAST.values(), ids=LAST)
+def test_there_and_back(tmp_path, width, block, capsys):
+    original = kohya_file(tmp_path / "a.safetensors", width, block)
+    there, back = tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    assert main([str(tmp_path / "a.safetensors"), str(there), "--to", "diffusers"]) == 0
+    assert "2 layers, spelled for diffusers" in capsys.readouterr().out
+    theirs = load_file(there)
+    # The last block's modulation of the text stream: halves swapped, and no attention output.
+    up = theirs[f"transformer.transformer_blocks.{block}.norm1_context.linear.lora_B.weight"]
+    own = original[f"lora_unet_joint_blocks_{block}_context_block_adaLN_modulation_1.lora_up.weight"]
+    assert torch.equal(up[:width], own[width:])
+
+    assert main([str(there), str(back), "--to", "kohya"]) == 0
+    restored = load_file(back)
+    assert restored.keys() == original.keys()
+    for name in (key.removesuffix(".alpha") for key in original if key.endswith(".alpha")):
+        deltas = [
+            tensors[f"{name}.alpha"] / 2 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+            for tensors in (original, restored)
+        ]
+        torch.testing.assert_close(*deltas)
+    with safe_open(back, "pt") as file:
+        assert file.metadata() == {"format": "pt", "ss_network_dim": "2", "ss_network_alpha": "2.0"}
+
+
+def test_what_can_not_be_converted(tmp_path, capsys):
+    source, target = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    kohya_file(source, 1536, 0)
+    assert main([source, target, "--to", "kohya"]) == 2
+    assert "is spelled for kohya already" in capsys.readouterr().err
+    t5 = {
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.zeros(2, 4096),
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": torch.zeros(4096, 2),
+    }
+    kohya_file(source, 1536, 0, t5)
+    assert main([source, target, "--to", "diffusers"]) == 2
+    assert "no place for 1 layers, such as lora_te3" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), target, "--to", "kohya"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "b.safetensors").exists()
