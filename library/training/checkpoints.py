@@ -1,0 +1,232 @@
+"""What a run writes: weights, run states, and which old ones go. Files appear whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.config.errors import ConfigError
+from library.config.saving import SavingConfig
+from library.io.atomic import fsync_directory
+from library.io.header import read_header
+from library.io.safetensors import load_tensors, save_tensors
+from library.training.metadata import checkpoint_metadata
+from library.training.optimizers import set_training_mode
+from library.training.run import Run
+
+STATE_FORMAT = 1
+TRAINABLE, OPTIMIZER, PROGRESS = "trainable.safetensors", "optimizer.pt", "state.json"
+_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def step_name(config: SavingConfig, step: int) -> str:
+    """The stem of what is saved at an optimizer step."""
+    return f"{config.output_name}-step{step:08d}"
+
+
+def epoch_name(config: SavingConfig, epoch: int) -> str:
+    """The stem of what is saved at an epoch's end; epochs count from 1."""
+    return f"{config.output_name}-{epoch:06d}"
+
+
+def save_weights(run: Run, stem: str, done: int) -> list[Path]:
+    """Write the trained weights in every format that was asked for; returns the files."""
+    if not run.accelerator.is_main_process:
+        return []
+    refuse_non_finite_weights(run, done)
+    saving, network = run.config.saving, run.config.network
+    assert network is not None
+    dtype = _DTYPES[saving.save_precision] if saving.save_precision else None
+    with averaged_weights(run):
+        files = run.trainable.files(network.save_format)
+        written = []
+        for suffix, (tensors, format_metadata) in files.items():
+            path = Path(saving.output_dir) / f"{stem}{suffix}.safetensors"
+            tensors = {name: _for_saving(tensor, dtype) for name, tensor in tensors.items()}
+            metadata = {**checkpoint_metadata(run, done, tensors), **format_metadata}
+            save_tensors(tensors, path, metadata)
+            written.append(path)
+    return written
+
+
+def refuse_non_finite_weights(run: Run, done: int) -> None:
+    """Stop before anything is written when a trained weight is no number.
+
+    Raises:
+        ConfigError: One is, naming it.
+    """
+    for name, tensor in run.trainable.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(
+                f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"
+            )
+
+
+def _for_saving(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+@contextlib.contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """Inside, schedule-free optimizers show the weights that are meant to be used; afterwards training goes on exactly.
+
+    Their own way back is a rounding away from where they were, so the training weights are kept and put back.
+    """
+    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    if not hasattr(inner, "eval"):
+        yield
+        return
+    kept = [parameter.detach().clone() for parameter in run.parameters]
+    set_training_mode(run.optimizer, False)
+    try:
+        yield
+    finally:
+        set_training_mode(run.optimizer, True)
+        with torch.no_grad():
+            for parameter, value in zip(run.parameters, kept):
+                parameter.copy_(value)
+
+
+def save_state(run: Run, stem: str, done: int) -> Path | None:
+    """Write everything that a resumed run needs into the folder ``<stem>-state``."""
+    if not run.accelerator.is_main_process:
+        return None
+    refuse_non_finite_weights(run, done)
+    target = Path(run.config.saving.output_dir) / f"{stem}-state"
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
+    save_tensors(tensors, partial / TRAINABLE, {})
+    torch.save(_optimizer_state(run), partial / OPTIMIZER)
+    progress = {
+        "format": STATE_FORMAT,
+        "step": done,
+        "seed": run.seed,
+        "plan": run.plan.fingerprint(),
+        "steps_per_epoch": run.plan.steps_per_epoch,
+        "history": run.history.state(),
+        "settings": run.config.as_dict(),
+        "checksums": {name: _checksum(partial / name) for name in (TRAINABLE, OPTIMIZER)},
+    }
+    (partial / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+    for name in (OPTIMIZER, PROGRESS):
+        with open(partial / name, "rb") as file:
+            os.fsync(file.fileno())
+    fsync_directory(partial)
+    _replace_folder(partial, target)
+    return target
+
+
+def _optimizer_state(run: Run) -> dict[str, Any]:
+    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    scaler = run.accelerator.scaler
+    return {
+        "optimizer": inner.state_dict(),
+        "schedule": _plain(run.schedule.state_dict()),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a schedule's state that is data; functions come from the configuration again."""
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, (int, float, str, bool, list, tuple, dict, Tensor, type(None))) and key != "lr_lambdas"
+    }
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    """Put the finished folder in its place; a folder that is there already leaves only once the new one is in place."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(partial, target)
+    fsync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_progress(folder: str) -> dict[str, Any]:
+    """The light part of a run state, after checking that every file of it is whole.
+
+    Raises:
+        ConfigError: ``folder`` is no run state, or a file of it is damaged.
+    """
+    path = Path(folder) / PROGRESS
+    if not path.is_file():
+        raise ConfigError(f"--resume {folder}: not a run state, it has no {PROGRESS}; give a folder named ...-state")
+    try:
+        progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--resume {folder}: {PROGRESS} is damaged ({error}); resume from an older state") from error
+    if progress.get("format") != STATE_FORMAT:
+        raise ConfigError(f"--resume {folder}: written in format {progress.get('format')}, this version reads 1")
+    for name, checksum in progress["checksums"].items():
+        file = path.parent / name
+        if not file.is_file() or _checksum(file) != checksum:
+            raise ConfigError(f"--resume {folder}: {name} is missing or damaged; resume from an older state")
+    return progress
+
+
+def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
+    """Put the weights, the optimizer, the schedule and the losses back to where the state was saved."""
+    header = read_header(Path(folder) / TRAINABLE)
+    saved = dict(load_tensors(header))
+    own = run.trainable.state_dict()
+    if set(saved) != set(own) or any(saved[name].shape != own[name].shape for name in own):
+        differing = sorted(set(saved) ^ set(own)) or [name for name in own if saved[name].shape != own[name].shape]
+        raise ConfigError(
+            f"--resume {folder}: its adapter is another than this configuration's, {len(differing)} tensors differ, "
+            f"first {differing[0]}; use the options that the state was saved with"
+        )
+    run.trainable.load_state_dict(saved)
+    state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
+    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    try:
+        inner.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"
+        ) from error
+    run.schedule.load_state_dict({**run.schedule.state_dict(), **state["schedule"]})
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.history.restore(progress["history"])
+
+
+def remove_old(run: Run, done: int) -> None:
+    """Delete what the ``--save_last_n_*`` options no longer keep: only files named as this run names them."""
+    if not run.accelerator.is_main_process:
+        return
+    saving = run.config.saving
+    stem = re.escape(saving.output_name)
+    epoch = done // run.plan.steps_per_epoch
+    limits = (
+        (rf"{stem}-step(\d{{8}})(_diffusers)?\.safetensors", saving.save_last_n_steps, done),
+        (rf"{stem}-(\d{{6}})(_diffusers)?\.safetensors", saving.save_last_n_epochs, epoch),
+        (rf"{stem}-step(\d{{8}})-state", saving.save_last_n_steps_state or saving.save_last_n_steps, done),
+        (rf"{stem}-(\d{{6}})-state", saving.save_last_n_epochs_state or saving.save_last_n_epochs, epoch),
+    )
+    for name in os.listdir(saving.output_dir):
+        for pattern, keep, now in limits:
+            match = re.fullmatch(pattern, name)
+            if match and keep is not None and int(match.group(1)) <= now - keep:
+                path = Path(saving.output_dir) / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,133 @@
+"""The text encoders and the VAE: they encode what can be cached, then leave memory before the denoiser is loaded."""
+
+import gc
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from library.config.run import RunConfig
+from library.data.store import TensorStore
+from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.records import TensorRecord
+from library.sampling.pictures import encode_prompts
+from library.sampling.prompts import PromptRequest
+from library.training.data import TrainingData, fill_latents, fill_texts, latent_signature, open_store, text_signature
+from library.training.precision import Precision
+from networks.merge import merge
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """Where conditioning comes from during training.
+
+    Attributes:
+        encoders: By name, on the device; empty when everything is cached.
+        store: Cached features; None when captions are encoded in the step.
+        signature: Of the cached features.
+        prompts: Features of the sample prompts; None when the encoders are there to encode them anew.
+    """
+
+    encoders: Mapping[str, nn.Module] = field(default_factory=dict)
+    store: TensorStore | None = None
+    signature: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, TensorRecord] | None = None
+
+
+@dataclass(frozen=True)
+class LatentSide:
+    """Where latents come from during training.
+
+    Attributes:
+        vae: On the device when latents are encoded in the step, on the host when only samples need it, else None.
+        store: Cached latents, or None.
+        signature: Of the cached latents.
+    """
+
+    vae: nn.Module | None
+    store: TensorStore | None = None
+    signature: Mapping[str, str] = field(default_factory=dict)
+
+
+def prepare_text(
+    config: RunConfig,
+    data: TrainingData,
+    family: ModelFamily,
+    text: TextEncodingStrategy,
+    requests: Sequence[PromptRequest],
+    precision: Precision,
+    accelerator: Accelerator,
+) -> TextSide:
+    """Load the text encoders, and cache their outputs and let them go where that was asked for."""
+    log.info("loading the text encoders")
+    encoders = family.load_text_encoders(device=accelerator.device, dtype=precision.frozen)
+    merge_base_weights(config, family, encoders)
+    if not config.caching.cache_text_encoder_outputs:
+        return TextSide(encoders=encoders)
+    store = open_store(config, "text", on_disk=config.caching.cache_text_encoder_outputs_to_disk)
+    signature = {**text_signature(text, precision.frozen), **base_weights_signature(config)}
+    fill_texts(config, data, store, text, encoders, signature, accelerator)
+    prompts = None
+    if requests:
+        with accelerator.autocast():
+            prompts = encode_prompts(text, encoders, requests)
+    encoders.clear()
+    release_memory()
+    return TextSide(store=store, signature=signature, prompts=prompts)
+
+
+def prepare_latents(
+    config: RunConfig,
+    data: TrainingData,
+    family: ModelFamily,
+    precision: Precision,
+    accelerator: Accelerator,
+    *,
+    keep: bool,
+) -> LatentSide:
+    """Load the VAE and cache latents where that was asked for; ``keep`` it on the host for samples."""
+    log.info("loading the VAE")
+    dtype = torch.float32 if config.caching.no_half_vae else precision.frozen
+    vae = family.load_vae(device=accelerator.device, dtype=dtype)
+    if not config.caching.cache_latents:
+        return LatentSide(vae)
+    store = open_store(config, "latents", on_disk=config.caching.cache_latents_to_disk)
+    signature = latent_signature(family, dtype)
+    fill_latents(config, data, store, family, vae, signature, accelerator)
+    kept = vae.to("cpu") if keep else None
+    del vae
+    release_memory()
+    return LatentSide(kept, store, signature)
+
+
+def merge_base_weights(config: RunConfig, family: ModelFamily, components: Mapping[str, nn.Module]) -> None:
+    """Merge what ``--base_weights`` have for these components into them."""
+    if config.network is None or not config.network.base_weights:
+        return
+    files, multipliers = config.network.base_weights, config.network.base_weights_multipliers
+    layers = merge(components, family.adapter_targets, files, multipliers, partial=True)
+    log.info("merged %s into %d layers of %s", ", ".join(files), layers, ", ".join(components))
+
+
+def base_weights_signature(config: RunConfig) -> dict[str, str]:
+    """What ``--base_weights`` add to the identity of the text encoders; nothing without them."""
+    if config.network is None or not config.network.base_weights:
+        return {}
+    digest = hashlib.blake2b(digest_size=16)
+    for path, multiplier in zip(config.network.base_weights, config.network.base_weights_multipliers):
+        digest.update(f"{multiplier!r}\n".encode() + Path(path).read_bytes())
+    return {"base_weights": digest.hexdigest()}
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, on the host and on the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

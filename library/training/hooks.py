@@ -1,0 +1,209 @@
+"""What happens after optimizer steps: weight norms, logging, validation, samples, saving."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from library.config.sampling import SkipLayerGuidance
+from library.records import TensorRecord
+from library.sampling.pictures import encode_prompts, generate, save_picture
+from library.sampling.prompts import PromptRequest
+from library.training.checkpoints import (
+    averaged_weights,
+    epoch_name,
+    remove_old,
+    save_state,
+    save_weights,
+    step_name,
+)
+from library.training.run import Run, StepHook
+from library.training.schedules import current_learning_rates
+from library.training.validation import Validation
+
+Due = Callable[[Run, int], bool]
+
+
+def every(steps: int | None, epochs: int | None) -> Due:
+    """Due every so many steps, or at the end of every so many epochs; None: never."""
+
+    def due(run: Run, done: int) -> bool:
+        at_step = steps is not None and done % steps == 0
+        return at_step or (epochs is not None and run.epoch_ended(done) and run.epoch_number(done) % epochs == 0)
+
+    return due
+
+
+def always(run: Run, done: int) -> bool:
+    """Due after every step."""
+    return True
+
+
+def at_end(run: Run, done: int) -> bool:
+    """Due after the last step."""
+    return done == run.max_steps
+
+
+def before_end(due: Due) -> Due:
+    """Due when ``due`` is, the last step apart, which the final save covers."""
+    return lambda run, done: done != run.max_steps and due(run, done)
+
+
+def scale_weight_norms(limit: float) -> StepHook:
+    """Clamp the norm of every adapter module's update to ``limit``."""
+
+    def act(run: Run, done: int) -> None:
+        norms = run.trainable.scale_weight_norms(limit)
+        run.step_numbers.update(
+            {
+                "max_norm/keys_scaled": norms.scaled.item(),
+                "norm/avg_key_norm": norms.mean.item(),
+                "max_norm/max_key_norm": norms.largest.item(),
+            }
+        )
+
+    return StepHook(always, act)
+
+
+def log_numbers() -> StepHook:
+    """Log the step's loss, its averages, the gradient norm and the learning rates."""
+
+    def act(run: Run, done: int) -> None:
+        numbers = dict(run.step_numbers)
+        loss = numbers.pop("loss")
+        run.history.add(loss)
+        logged = {"loss/current": loss, "loss/average": run.history.smoothed, **numbers}
+        inner = getattr(run.optimizer, "optimizer", run.optimizer)
+        logged.update({f"lr/{name}": rate for name, rate in current_learning_rates(inner).items()})
+        if run.epoch_ended(done):
+            logged["loss/epoch_average"] = run.history.epoch_average
+            run.history.end_epoch()
+        logged = {key: value for key, value in logged.items() if math.isfinite(value)}
+        samples = run.plan.step(done - 1)[0].step_samples
+        run.trackers.log_step(done, run.epoch_number(done), logged, samples=samples)
+
+    return StepHook(always, act)
+
+
+def save(due: Due, *, name: Callable[[Run, int], str], weights: bool, state: bool) -> StepHook:
+    """Write weights, the run state, or both, then drop what the rotation no longer keeps."""
+
+    def act(run: Run, done: int) -> None:
+        started = time.monotonic()
+        stem = name(run, done)
+        if weights:
+            for path in save_weights(run, stem, done):
+                run.trackers.say(f"saved {path}")
+        if state and (folder := save_state(run, stem, done)):
+            run.trackers.say(f"saved {folder}; resume with --resume {folder}")
+        remove_old(run, done)
+        run.accelerator.wait_for_everyone()
+        run.trackers.pause_clock(time.monotonic() - started)
+
+    return StepHook(due, act)
+
+
+def saving_hooks(run: Run) -> list[StepHook]:
+    """The hooks that ``--save_*`` ask for; the final weights are always written."""
+    saving, hooks = run.config.saving, []
+    every_epochs = saving.save_every_n_epochs
+    if saving.save_n_epoch_ratio and not every_epochs:
+        every_epochs = max(1, run.epoch_number(run.max_steps) // saving.save_n_epoch_ratio)
+    if saving.save_every_n_steps:
+        hooks.append(
+            save(
+                before_end(every(saving.save_every_n_steps, None)),
+                name=lambda run, done: step_name(saving, done),
+                weights=True,
+                state=saving.save_state,
+            )
+        )
+    if every_epochs:
+        hooks.append(
+            save(
+                before_end(every(None, every_epochs)),
+                name=lambda run, done: epoch_name(saving, run.epoch_number(done)),
+                weights=True,
+                state=saving.save_state,
+            )
+        )
+    final_state = saving.save_state or saving.save_state_on_train_end
+    hooks.append(save(at_end, name=lambda run, done: saving.output_name, weights=True, state=final_state))
+    return hooks
+
+
+class SampleTaker:
+    """Draws the sample prompts with the model as it is now."""
+
+    def __init__(
+        self,
+        requests: Sequence[PromptRequest],
+        texts: Mapping[str, TensorRecord] | None,
+        sampler: str,
+        skip: SkipLayerGuidance | None,
+    ):
+        self.requests, self.texts, self.sampler, self.skip = requests, texts, sampler, skip
+
+    def take(self, run: Run, done: int, label: str) -> list[Path]:
+        """Draw this process's share of the prompts; returns the pictures' files."""
+        started = time.monotonic()
+        folder = Path(run.config.saving.output_dir) / "sample"
+        folder.mkdir(parents=True, exist_ok=True)
+        assert run.vae is not None
+        vae_device = next(run.vae.parameters()).device
+        run.trainable.eval()
+        written = []
+        with averaged_weights(run):
+            texts = self.texts or encode_prompts(run.text, run.text_encoders, self.requests)
+            run.vae.to(run.device)
+            for index, request in enumerate(self.requests):
+                if index % run.accelerator.num_processes != run.accelerator.process_index:
+                    continue
+                with run.accelerator.autocast():
+                    image, settings = generate(
+                        run.family,
+                        run.denoiser,
+                        run.vae,
+                        texts,
+                        request,
+                        sampler=self.sampler,
+                        device=run.device,
+                        dtype=run.weight_dtype,
+                        skip=self.skip,
+                    )
+                path = folder / f"{run.config.saving.output_name}_{label}_{index:02d}_{request.seed}.png"
+                save_picture(image, path, settings)
+                written.append(path)
+        run.vae.to(vae_device)
+        run.trainable.train()
+        run.accelerator.wait_for_everyone()
+        run.trackers.pause_clock(time.monotonic() - started)
+        return written
+
+
+def take_samples(taker: SampleTaker, *, steps: int | None, epochs: int | None) -> StepHook:
+    """Draw samples every so many steps or epochs."""
+
+    def act(run: Run, done: int) -> None:
+        at_epoch = epochs and run.epoch_ended(done) and run.epoch_number(done) % epochs == 0
+        taker.take(run, done, f"e{run.epoch_number(done):06d}" if at_epoch else f"{done:06d}")
+
+    return StepHook(every(steps, epochs), act)
+
+
+def validate(validation: Validation, *, steps: int | None, epochs: int | None) -> StepHook:
+    """Measure the validation loss every so many steps or epochs."""
+
+    def act(run: Run, done: int) -> None:
+        started = time.monotonic()
+        run.trainable.eval()
+        with averaged_weights(run):
+            result = validation.measure(run)
+        run.trainable.train()
+        run.trackers.log(
+            done, {"loss/validation": result.mean, "loss/validation_standard_error": result.standard_error}
+        )
+        run.trackers.say(f"step {done}: validation loss {result.mean:.5f} ± {result.standard_error:.5f}")
+        run.trackers.pause_clock(time.monotonic() - started)
+
+    return StepHook(every(steps, epochs), act)

@@ -1,0 +1,97 @@
+"""The loop."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.config.errors import ConfigError
+from library.training.optimizers import set_training_mode
+from library.training.run import Run
+from library.training.step import training_loss
+
+
+class NonFiniteLoss(ConfigError):
+    """A loss or gradient was not a number: the run stops before anything of it reaches the weights."""
+
+
+def train(run: Run) -> None:
+    """Optimize ``run.trainable`` until ``run.max_steps`` optimizer steps are done."""
+    run.trainable.train()
+    set_training_mode(run.optimizer, True)
+    run.trackers.show_progress(first_step=run.first_step, max_steps=run.max_steps)
+    for step in range(run.first_step, run.max_steps):
+        optimize(run, step)
+        for hook in run.hooks:
+            if hook.due(run, step + 1):
+                hook.act(run, step + 1)
+
+
+def optimize(run: Run, step: int) -> None:
+    """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers."""
+    loss = torch.zeros((), device=run.device)
+    samples: list[str] = []
+    mine, step_samples = own_share(run, step)
+    for _ in range(mine):  # accumulation is data, not control flow
+        batch = next(run.batches)
+        share = training_loss(run, batch, step_samples=step_samples)
+        run.accelerator.backward(share.loss)
+        loss += share.loss.detach()
+        samples.extend(batch.keys)
+    parameters = run.parameters
+    sum_gradients(parameters, run.accelerator)
+    norm = gradient_norm(run, parameters)
+    loss = run.accelerator.reduce(loss, reduction="sum")
+    run.step_numbers = {"loss": loss.item(), "gradient_norm": norm.item()}
+    refuse_non_finite(run, step, samples)
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def own_share(run: Run, step: int) -> tuple[int, int]:
+    """How many of the step's micro-batches are this process's, and how many samples the whole step has."""
+    micro_batches = run.plan.step(step)
+    accumulation = run.config.training.gradient_accumulation_steps
+    first = run.accelerator.process_index * accumulation
+    return len(micro_batches[first : first + accumulation]), micro_batches[0].step_samples
+
+
+def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Add up the gradients of all processes, in place.
+
+    The adapter's forward is patched into the denoiser, so DistributedDataParallel never sees it and its averaging
+    wouldn't run. Each process's loss is its share of the whole step's mean, so the sum is the step's gradient. A
+    process without a micro-batch in this step contributes zeros.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.SUM)
+    for parameter, summed in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = summed.view_as(parameter)
+
+
+def gradient_norm(run: Run, parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together before clipping; clips them to ``--max_grad_norm`` when it is above 0."""
+    limit = run.config.optimizer.max_grad_norm or math.inf
+    return run.accelerator.clip_grad_norm_(parameters, limit)
+
+
+def refuse_non_finite(run: Run, step: int, samples: list[str]) -> None:
+    """Stop at a loss or gradient that is no number, naming the step and the samples.
+
+    With fp16 a gradient beyond the number range is ordinary: the loss scaler drops that update and lowers its scale.
+    """
+    loss, norm = run.step_numbers["loss"], run.step_numbers["gradient_norm"]
+    scaled = run.accelerator.scaler is not None
+    if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+        return
+    what = "loss" if not math.isfinite(loss) else "gradient"
+    value = loss if what == "loss" else norm
+    raise NonFiniteLoss(
+        f"step {step + 1}: the {what} is {value}; samples: {', '.join(samples) or 'of another process'}. "
+        "Nothing of this step was applied or saved. Lower --learning_rate, or look at these pictures"
+    )

@@ -1,0 +1,105 @@
+"""Everything a run holds once it is set up."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from library.config.run import RunConfig
+from library.data.plan import BatchPlan
+from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.records import Batch
+from library.training.losses import LossHistory
+from library.training.trackers import Trackers
+
+
+@dataclass
+class Run:
+    """A training run: the parts that the loop, the step and the hooks work with.
+
+    Attributes:
+        config: What the user asked for, validated.
+        seed: Of every random draw.
+        family: The architecture's parts.
+        accelerator: Device, precision and processes.
+        plan: Which samples each optimizer step uses.
+        batches: This process's micro-batches, in order, from ``first_step`` on.
+        denoiser: Frozen, unless it is what is trained.
+        trainable: The module whose parameters are trained: the adapter or the denoiser.
+        text: How captions become conditioning.
+        text_encoders: By name; empty once every caption's features are cached.
+        vae: On the host while latents are cached and samples are wanted; None when nothing needs it.
+        optimizer: Prepared by accelerate.
+        schedule: Learning-rate schedule.
+        max_steps: Optimizer steps of the whole run.
+        first_step: Steps that were done before this process started.
+        weight_dtype: Of the frozen weights.
+        hooks: Called in order after each optimizer step.
+        trackers: Where numbers are logged.
+        history: Losses of the steps so far.
+        metadata: Facts for saved files that are known before training.
+    """
+
+    config: RunConfig
+    seed: int
+    family: ModelFamily
+    accelerator: Accelerator
+    plan: BatchPlan
+    batches: Iterator[Batch]
+    denoiser: nn.Module
+    trainable: Any
+    text: TextEncodingStrategy
+    text_encoders: Mapping[str, nn.Module]
+    vae: nn.Module | None
+    optimizer: Any
+    schedule: Any
+    max_steps: int
+    first_step: int
+    weight_dtype: torch.dtype
+    trackers: Trackers
+    history: LossHistory
+    metadata: dict[str, str]
+    hooks: Sequence["StepHook"] = ()
+    step_numbers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs."""
+        return self.accelerator.device
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether gradients flow into the text encoders."""
+        return any(
+            parameter.requires_grad
+            for name in self.text_encoders
+            for parameter in self.trainable.component_parameters(name)
+        )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer changes."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def epoch_ended(self, done: int) -> bool:
+        """Whether ``done`` optimizer steps complete an epoch."""
+        return done % self.plan.steps_per_epoch == 0
+
+    def epoch_number(self, done: int) -> int:
+        """The epoch, counted from 1, that the last of ``done`` optimizer steps belongs to."""
+        return -(-done // self.plan.steps_per_epoch)
+
+
+class StepHook:
+    """What happens after optimizer steps, on every process.
+
+    Attributes:
+        due: Takes the run and the number of optimizer steps done, and says whether it is time.
+        act: Takes the same and does it.
+    """
+
+    def __init__(self, due: Callable[[Run, int], bool], act: Callable[[Run, int], None]):
+        self.due, self.act = due, act

@@ -1,0 +1,326 @@
+"""RunConfig to Run: load, cache, inject, prepare. What is no longer needed leaves memory before the next part comes."""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import nn
+
+from library.config.errors import ConfigError
+from library.config.resolved import resolved_toml
+from library.config.run import RunConfig
+from library.config.sampling import SkipLayerGuidance
+from library.data.loader import BatchReader
+from library.data.plan import BatchPlan
+from library.families import create_family
+from library.families.protocols import ModelFamily
+from library.io.atomic import write_text
+from library.memory.checkpointing import enable_checkpointing
+from library.sampling.prompts import PromptRequest, read_prompts
+from library.training import data as training_data
+from library.training import hooks
+from library.training.checkpoints import read_progress, restore_state
+from library.training.encoders import TextSide, merge_base_weights, prepare_latents, prepare_text
+from library.training.loop import train
+from library.training.losses import LossHistory
+from library.training.metadata import run_metadata
+from library.training.optimizers import create_optimizer
+from library.training.precision import Precision, resolve_block_swap, resolve_precision
+from library.training.run import Run, StepHook
+from library.training.schedules import create_schedule
+from library.training.trackers import Trackers, check_packages, logging_folder, start_trackers
+from library.training.validation import Validation
+from networks.loading import check_network, create_network
+
+log = logging.getLogger(__name__)
+
+
+def run_training(config: RunConfig) -> int:
+    """This sets a run up, trains, and returns the exit code."""
+    run, taker = set_up(config)
+    try:
+        if taker is not None and config.sampling.sample_at_first and run.first_step == 0:
+            taker.take(run, 0, "e000000")
+        train(run)
+    finally:
+        run.trackers.close()
+    return 0
+
+
+def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
+    """Everything that a run needs, made in the order that keeps the least in memory."""
+    assert config.network is not None and config.optimizer.learning_rate is not None
+    precision = resolve_precision(config, accelerator_available=has_accelerator())
+    accelerator = start_accelerator(config, precision)
+    progress = read_progress(config.training.resume) if config.training.resume else None
+    seed = resolve_seed(config, progress, accelerator)
+    os.makedirs(config.saving.output_dir, exist_ok=True)
+    family: ModelFamily = create_family(config.family_name, config)
+    check_network(config.network, config.optimizer, family.adapter_targets)
+
+    data = training_data.find_data(config, seed, resolution_step=family.latents.format.resolution_step)
+    for line in [*precision.notes, *data.discovery.notes]:
+        log.info(line)
+    plan = BatchPlan(
+        data.discovery.samples,
+        data.placements,
+        config.datasets,
+        seed=seed,
+        micro_batches_per_step=accelerator.num_processes * config.training.gradient_accumulation_steps,
+    )
+    max_steps = resolve_steps(config, plan)
+    first_step = progress["step"] if progress else 0
+    if first_step >= max_steps:
+        raise ConfigError(
+            f"--resume {config.training.resume}: {first_step} steps are done and the run has {max_steps}; "
+            "raise --max_train_steps or --max_train_epochs"
+        )
+
+    text = family.text_strategy()
+    requests = sample_requests(config, family, seed)
+    text_side = prepare_text(config, data, family, text, requests, precision, accelerator)
+    latent_side = prepare_latents(config, data, family, precision, accelerator, keep=bool(requests))
+    denoiser = family.load_denoiser(device=accelerator.device, dtype=precision.frozen)
+    network = prepare_network(config, family, denoiser, text_side, seed, precision, accelerator)
+    created = create_optimizer(
+        config.optimizer.name,
+        config.optimizer.optimizer_args,
+        network.parameter_groups(config.optimizer),
+        learning_rate=config.optimizer.learning_rate,
+        device=accelerator.device,
+    )
+    for line in created.notes:
+        log.info(line)
+    reader = BatchReader(
+        samples=data.discovery.samples,
+        placements=data.placements,
+        contents=data.contents,
+        datasets=config.datasets,
+        seed=seed,
+        latent_format=family.latents.format,
+        latents=latent_side.store,
+        latents_signature=latent_side.signature,
+        texts=text_side.store,
+        text_signature=text_side.signature,
+        text_record=text.record(),
+        text_strategy=text if text_side.store is None else None,
+        max_steps=max_steps,
+        prior_loss_weight=config.data.prior_loss_weight,
+    )
+    micro_batches = training_data.own_micro_batches(
+        plan,
+        first_step,
+        max_steps,
+        rank=accelerator.process_index,
+        accumulation=config.training.gradient_accumulation_steps,
+    )
+    start_trackers(accelerator, config.logging, config.as_dict())
+    run = Run(
+        config=config,
+        seed=seed,
+        family=family,
+        accelerator=accelerator,
+        plan=plan,
+        batches=training_data.loader(config, reader, micro_batches, accelerator),
+        denoiser=denoiser,
+        trainable=network,
+        text=text,
+        text_encoders=text_side.encoders,
+        vae=latent_side.vae,
+        optimizer=accelerator.prepare(created.optimizer),
+        schedule=create_schedule(config.optimizer, created.optimizer, max_steps=max_steps),
+        max_steps=max_steps,
+        first_step=first_step,
+        weight_dtype=precision.frozen,
+        trackers=Trackers(accelerator, log_path(config), first_step=first_step),
+        history=LossHistory(),
+        metadata=run_metadata(
+            config,
+            family.description,
+            config.datasets,
+            data.discovery.samples,
+            [data.buckets(index) for index in range(len(config.datasets))],
+            run_facts(config, plan, max_steps, created.label, seed),
+        ),
+    )
+    if config.training.resume and progress:
+        restore_state(run, config.training.resume, progress)
+        log.info("resumed from %s after step %d", config.training.resume, first_step)
+    taker = sample_taker(config, requests, text_side)
+    run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
+    if accelerator.is_main_process:
+        write_text(resolved_path(config), resolved_toml(config, seed=seed))
+    for line in report_lines(run, data):
+        log.info(line)
+    return run, taker
+
+
+def has_accelerator() -> bool:
+    """Whether training runs on a GPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+
+
+def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
+    """The device, processes and precision. Accumulation is ours: it always sees one step at a time."""
+    handlers = []
+    if config.training.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.training.ddp_timeout)))
+    check_packages(config.logging)
+    trackers = list(config.logging.trackers)
+    accelerator = Accelerator(
+        mixed_precision=precision.mixed,
+        log_with=trackers or None,
+        project_dir=logging_folder(config.logging),
+        kwargs_handlers=handlers,
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger("library").setLevel(logging.WARNING)
+        logging.getLogger("networks").setLevel(logging.WARNING)
+    return accelerator
+
+
+def resolve_seed(config: RunConfig, progress: dict[str, Any] | None, accelerator: Accelerator) -> int:
+    """The run's seed: the resumed run's, the typed one, or a fresh one that all processes share."""
+    typed = config.training.seed
+    if progress is not None:
+        if typed is not None and typed != progress["seed"]:
+            raise ConfigError(
+                f"--seed {typed}: the state in {config.training.resume} was made with seed {progress['seed']}; "
+                "leave --seed out to go on with it"
+            )
+        return int(progress["seed"])
+    if typed is not None:
+        return typed
+    return (
+        broadcast_object_list([secrets.randbelow(2**31)])[0]
+        if accelerator.num_processes > 1
+        else secrets.randbelow(2**31)
+    )
+
+
+def resolve_steps(config: RunConfig, plan: BatchPlan) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.max_train_epochs is not None:
+        return config.training.max_train_epochs * plan.steps_per_epoch
+    return config.training.max_train_steps
+
+
+def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[PromptRequest]:
+    """The sample prompts; none unless something asks for samples."""
+    sampling = config.sampling
+    if not sampling.sample_prompts:
+        return []
+    return read_prompts(
+        sampling.sample_prompts,
+        native_resolution=family.description.native_resolution,
+        resolution_step=family.latents.format.resolution_step,
+        seed=seed,
+    )
+
+
+def prepare_network(
+    config: RunConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    text_side: TextSide,
+    seed: int,
+    precision: Precision,
+    accelerator: Accelerator,
+) -> Any:
+    """Merge ``--base_weights``, inject the adapter, switch checkpointing on."""
+    roots = {"denoiser": denoiser, **text_side.encoders}
+    merge_base_weights(config, family, {"denoiser": denoiser})
+    network = create_network(config, roots, family.adapter_targets, seed)
+    network.to(accelerator.device, precision.trained)
+    blocks = list(family.blocks(denoiser))
+    for line in resolve_block_swap(config, len(blocks), accelerator_available=has_accelerator()):
+        log.info(line)
+    if config.memory.gradient_checkpointing:
+        enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
+    return network
+
+
+def run_facts(config: RunConfig, plan: BatchPlan, max_steps: int, optimizer_label: str, seed: int) -> dict[str, Any]:
+    """Facts of the run for the metadata, without the ``ss_`` prefix."""
+    return {
+        "session_id": secrets.randbelow(2**32),
+        "training_started_at": time.time(),
+        "output_name": config.saving.output_name,
+        "seed": seed,
+        "optimizer": optimizer_label,
+        "prior_loss_weight": config.data.prior_loss_weight if has_regularisation(config) else None,
+        "max_train_steps": max_steps,
+        "num_batches_per_epoch": plan.micro_batches_per_epoch,
+        "num_epochs": -(-max_steps // plan.steps_per_epoch),
+        "sd_model_name": os.path.basename(str(config.model.pretrained_model_name_or_path).rstrip("/")),
+    }
+
+
+def has_regularisation(config: RunConfig) -> bool:
+    """Whether there are regularisation pictures."""
+    return any(subset.is_reg for dataset in config.datasets for subset in dataset.subsets)
+
+
+def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side: TextSide) -> hooks.SampleTaker | None:
+    """What draws the samples; None when there are no prompts."""
+    if not requests:
+        return None
+    return hooks.SampleTaker(
+        requests, text_side.prompts, config.sampling.sample_sampler, SkipLayerGuidance.of(config.sampling)
+    )
+
+
+def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation | None) -> list[StepHook]:
+    """The hooks in the order in which they act: what changes weights, then what looks at them, then what saves them."""
+    config = run.config
+    made: list[StepHook] = []
+    if config.network is not None and config.network.scale_weight_norms:
+        made.append(hooks.scale_weight_norms(config.network.scale_weight_norms))
+    made.append(hooks.log_numbers())
+    if validation is not None:
+        steps, epochs = config.validation.validate_every_n_steps, config.validation.validate_every_n_epochs
+        made.append(hooks.validate(validation, steps=steps, epochs=epochs if steps or epochs else 1))
+    if taker is not None:
+        steps, epochs = config.sampling.sample_every_n_steps, config.sampling.sample_every_n_epochs
+        made.append(hooks.take_samples(taker, steps=steps, epochs=epochs))
+    return made + hooks.saving_hooks(run)
+
+
+def log_path(config: RunConfig) -> str:
+    """The JSON-lines file with every step's numbers."""
+    return os.path.join(config.saving.output_dir, f"{config.saving.output_name}-log.jsonl")
+
+
+def resolved_path(config: RunConfig) -> str:
+    """The resolved configuration, to run again with ``--config_file``."""
+    return os.path.join(config.saving.output_dir, f"{config.saving.output_name}-run.toml")
+
+
+def report_lines(run: Run, data: training_data.TrainingData) -> list[str]:
+    """What is about to happen, for the log."""
+    plan, accelerator = run.plan, run.accelerator
+    lines = [
+        f"model: {run.family.description.title}, {run.family.description.parameters:,} parameters, {run.weight_dtype}",
+    ]
+    for index, dataset in enumerate(run.config.datasets):
+        buckets = ", ".join(f"{name}: {count}" for name, count in sorted(data.buckets(index).items()))
+        own = sum(1 for sample in data.discovery.samples if sample.dataset == index)
+        lines.append(f"dataset {index}: {own} images at {dataset.resolution}, visits per bucket and epoch: {buckets}")
+    groups = ", ".join(
+        f"{group.get('name', index)} ({sum(p.numel() for p in group['params']):,} at {group['lr']})"
+        for index, group in enumerate(run.optimizer.param_groups)
+    )
+    lines.append(f"trained: {groups}")
+    lines.append(
+        f"steps: {run.max_steps} ({plan.steps_per_epoch} per epoch), {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, accumulation {run.config.training.gradient_accumulation_steps}, "
+        f"precision {accelerator.mixed_precision}, seed {run.seed}"
+    )
+    return lines

@@ -1,0 +1,137 @@
+"""Where the numbers of a run go: the progress bar, a JSON-lines file beside the output, TensorBoard, wandb."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from library.config.errors import ConfigError
+from library.config.logging import LoggingConfig
+from library.io.atomic import write_text
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+
+class Trackers:
+    """The places where a run's numbers are logged, on the main process."""
+
+    def __init__(self, accelerator: Accelerator, log_path: str, *, first_step: int):
+        self.accelerator = accelerator
+        self.samples_seen = 0
+        self.started = time.monotonic()
+        self.external = bool(accelerator.trackers)
+        self.bar = tqdm(disable=True)
+        if accelerator.is_main_process:
+            keep_lines_up_to(Path(log_path), first_step)
+            self.file = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed with the trackers)
+
+    def show_progress(self, *, first_step: int, max_steps: int) -> None:
+        """Start the progress bar and its clock."""
+        self.started = time.monotonic()
+        hidden = not self.accelerator.is_main_process
+        self.bar = tqdm(total=max_steps, initial=first_step, desc="steps", dynamic_ncols=True, disable=hidden)
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar, on the main process."""
+        if self.accelerator.is_main_process:
+            self.bar.write(line)
+
+    def log_step(self, step: int, epoch: int, numbers: Mapping[str, float], *, samples: int) -> None:
+        """Log one optimizer step; ``samples`` is how many it used."""
+        self.samples_seen += samples
+        seconds = time.monotonic() - self.started
+        learning_rate = next((value for key, value in numbers.items() if key.startswith("lr/")), math.nan)
+        self.bar.set_postfix(
+            loss=f"{numbers['loss/average']:.4f}",
+            lr=f"{learning_rate:.2e}",
+            samples_per_s=f"{self.samples_seen / max(seconds, 1e-9):.2f}",
+            refresh=False,
+        )
+        self.bar.update(1)
+        self.log(step, {"epoch": epoch, **numbers})
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log any numbers at an optimizer step."""
+        if self.external:
+            self.accelerator.log(dict(numbers), step=step)
+        if self.accelerator.is_main_process:
+            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.file.flush()
+
+    def pause_clock(self, seconds: float) -> None:
+        """Leave time spent on samples, validation and saving out of the speed that the bar shows."""
+        self.started += seconds
+        if not self.bar.disable:
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
+
+    def close(self) -> None:
+        """Finish every tracker."""
+        self.bar.close()
+        if self.external:
+            self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self.file.close()
+
+
+def keep_lines_up_to(path: Path, step: int) -> None:
+    """Drop the log's lines after ``step``: a resumed run writes them again. A fresh run starts a fresh log."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break  # a line that a killed process left half-written
+    write_text(path, "".join(kept))
+
+
+def check_packages(config: LoggingConfig) -> None:
+    """This stops early when a tracker's package is missing.
+
+    Raises:
+        ConfigError: It is, naming what to install.
+    """
+    for name in config.trackers:  # both trackers are named like their packages
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"--log_with {name} needs the package {name}; pip install {name}") from error
+
+
+def logging_folder(config: LoggingConfig) -> str | None:
+    """This run's folder under ``--logging_dir``: the prefix and the time it started."""
+    if not config.logging_dir:
+        return None
+    return os.path.join(config.logging_dir, (config.log_prefix or "") + time.strftime("%Y%m%d%H%M%S"))
+
+
+def start_trackers(accelerator: Accelerator, config: LoggingConfig, settings: Mapping[str, Any]) -> None:
+    """Start TensorBoard and wandb through accelerate; ``settings`` are logged with ``--log_config``."""
+    if not accelerator.log_with or not accelerator.is_main_process:
+        return
+    init: dict[str, Any] = {}
+    if config.log_tracker_config:
+        with open(config.log_tracker_config, "rb") as file:
+            init = tomllib.load(file)
+    if config.wandb_run_name:
+        init.setdefault("wandb", {})["name"] = config.wandb_run_name
+    if config.wandb_api_key:
+        import wandb
+
+        wandb.login(key=config.wandb_api_key)
+    accelerator.init_trackers(
+        config.log_tracker_name or "network_train", config=dict(settings) if config.log_config else {}, init_kwargs=init
+    )

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from library.config.errors import ConfigError
+from library.config.optimizer import OPTIMIZER_NAMES
+from library.training.optimizers import OPTIMIZERS, create_optimizer, set_training_mode
+
+CPU = torch.device("cpu")
+
+
+def problem():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(64, 64))
+    target = torch.randn(64, 64)
+    return weight, lambda: ((weight - target) ** 2).mean()
+
+
+def create(name, weight, *arguments, learning_rate=1e-2):
+    return create_optimizer(name, arguments, [{"params": [weight], "lr": learning_rate}], learning_rate=1.0, device=CPU)
+
+
+def test_every_name_of_the_option_has_its_optimizer():
+    assert {name.lower() for name in OPTIMIZER_NAMES} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_it_lowers_a_loss(name):
+    weight, loss_of = problem()
+    adaptive = name.startswith("DAdapt") or name == "Prodigy"
+    rate = 1.0 if adaptive else 10.0 if "SGD" in name else 1e-2
+    optimizer = create(name, weight, learning_rate=rate).optimizer
+    set_training_mode(optimizer, True)
+    first = loss_of().item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+    set_training_mode(optimizer, False)
+    assert loss_of().item() < first
+
+
+def test_adamw_is_torchs():
+    weight, _ = problem()
+    ours = create("adamw", weight, "weight_decay=0.1", "betas=(0.8, 0.9)").optimizer
+    assert type(ours) is torch.optim.AdamW
+    assert ours.param_groups[0]["weight_decay"] == 0.1
+    assert ours.param_groups[0]["betas"] == (0.8, 0.9)
+    assert ours.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_dotted_class_is_taken():
+    weight, _ = problem()
+    created = create("torch.optim.Adamax", weight, "eps=1e-6")
+    assert type(created.optimizer) is torch.optim.Adamax
+    assert created.label == "torch.optim.adamax.Adamax(eps=1e-06)"
+
+
+def test_an_unknown_argument_is_named_with_the_nearest():
+    weight, _ = problem()
+    with pytest.raises(ConfigError, match="AdamW has no argument 'weight_decai'; did you mean weight_decay"):
+        create("AdamW", weight, "weight_decai=0.1")
+
+
+def test_a_learning_rate_among_the_arguments_is_refused():
+    weight, _ = problem()
+    with pytest.raises(ConfigError, match="--learning_rate, not lr="):
+        create("AdamW", weight, "lr=0.1")
+
+
+def test_a_missing_package_is_named():
+    weight, _ = problem()
+    with pytest.raises(ConfigError, match="pip install no_such_package"):
+        create("no_such_package.Optimizer", weight)
+
+
+def test_relative_step_says_that_it_sets_the_rate():
+    weight, _ = problem()
+    created = create("Adafactor", weight, "relative_step=True", "scale_parameter=True", "warmup_init=True")
+    assert any("--learning_rate is not used" in note for note in created.notes)
+
+
+def test_8bit_on_a_cpu_says_so():
+    weight, _ = problem()
+    assert any("no accelerator" in note for note in create("AdamW8bit", weight).notes)
