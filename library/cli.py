@@ -21,7 +21,7 @@ from library.config.resolved import resolved_toml
 from library.config.run import RunConfig, make_run_config, training_groups
 from library.config.unsupported import refusals
 from library.families import family_files, family_options
-from library.records import Resolution
+from library.records import ModelDescription, Resolution
 from library.sampling.prompts import read_prompts
 from library.version import VERSION
 
@@ -75,10 +75,13 @@ def _run(family: str, arguments: Sequence[str], script: str, *, network: bool) -
 
         print(resolved_toml(config))
         print("\n".join(report(config)))
+
+        from library.training.setup import trained_components
+
+        print(f"trained: {', '.join(trained_components(config))}")
+        print("nothing was loaded or written (--dry_run)")
         return 0
     configure_logging(config.logging)
-    if _is_main_process():
-        logging.getLogger(__name__).info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
 
     from library.training.setup import run_training
 
@@ -111,10 +114,19 @@ def checked_configuration(family: str, script: str, command_line: CommandLine) -
     datasets: tuple[DatasetConfig, ...] = checked(lambda: read_datasets(groups["data"], resolution_step=step), ())
     config = make_run_config(family, script, groups, command_line.provenance, datasets)
     problems += config.problems()
-    problems += checked(lambda: family_files(family).problems(config.model, config.family), [])
-    if config.sampling.sample_prompts:
-        prompts = config.sampling.sample_prompts
-        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, resolution_step=step, seed=0), None)
+    files = family_files(family)
+    description: ModelDescription | None = checked(
+        lambda: files.describe(files.locate(config.model, config.family), config.family), None
+    )
+    if description is not None:
+        problems += config.model_problems(description)
+    if prompts := config.sampling.sample_prompts:
+        native = description.native_resolution if description else _ANY_SIZE
+        largest = description.largest_side if description else None
+        checked(
+            lambda: read_prompts(prompts, native_resolution=native, resolution_step=step, seed=0, largest_side=largest),
+            None,
+        )
     # What follows from an option that was refused already would only confuse
     blamed = re.compile("|".join(rf"--{name}\b" for name in command_line.unusable) or "(?!)")
     new = [problem for problem in problems if not blamed.search(problem)]

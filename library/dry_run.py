@@ -1,11 +1,11 @@
-"""What a run would do, as far as file headers and a scan of the datasets tell: no torch, nothing written."""
+"""What a run would do, as far as file headers and a scan of the datasets tell; it loads no torch."""
 
 import os
 from collections import Counter
 from collections.abc import Iterator
 
 from library.config.run import RunConfig
-from library.data.buckets import place
+from library.data.buckets import place_all
 from library.data.discovery import Discovery, discover
 from library.data.file_index import FileIndex
 from library.data.plan import BatchPlan
@@ -20,7 +20,7 @@ def report(config: RunConfig) -> list[str]:
         ConfigError: What a run would stop at: pictures or captions that can't be read.
     """
     files = family_files(config.family_name)
-    description = files.describe(files.locate(config.model, config.family))
+    description = files.describe(files.locate(config.model, config.family), config.family)
     index = os.path.join(config.cache_dir, "files.sqlite")
     seed = config.training.seed or 0
     discovery = discover(
@@ -32,8 +32,7 @@ def report(config: RunConfig) -> list[str]:
     return [
         *_model_lines(description),
         *(f"note: {note}" for note in discovery.notes),
-        *_plan_lines(config, discovery, seed),
-        "nothing was loaded or written (--dry_run)",
+        *_plan_lines(config, discovery, seed, description.largest_side),
     ]
 
 
@@ -42,10 +41,10 @@ def _model_lines(description: ModelDescription) -> Iterator[str]:
     yield f"model: {description.title}, {description.parameters:,} parameters in the denoiser ({sizes})"
 
 
-def _plan_lines(config: RunConfig, discovery: Discovery, seed: int) -> Iterator[str]:
+def _plan_lines(config: RunConfig, discovery: Discovery, seed: int, largest_side: int | None) -> Iterator[str]:
     step = family_options(config.family_name).RESOLUTION_STEP
     samples, datasets = discovery.samples, config.datasets
-    placements = [place(sample.size, datasets[sample.dataset], step) for sample in samples]
+    placements = place_all(samples, datasets, step, largest_side)
     for number, dataset in enumerate(datasets):
         buckets: Counter[str] = Counter()
         for sample, placement in zip(samples, placements):

@@ -283,6 +283,8 @@ class ModelDescription:
         sizes: Sizes for the log, name -> value.
         native_resolution: The resolution that the model was made for, for samples that name none.
         implementation: ``modelspec.implementation``: the address of the reference implementation.
+        blocks: How many repeated blocks the denoiser has.
+        largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
     """
 
     title: str
@@ -292,3 +294,5 @@ class ModelDescription:
     sizes: Mapping[str, int | str]
     native_resolution: Resolution
     implementation: str = ""
+    blocks: int = 0
+    largest_side: int | None = None

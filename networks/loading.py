@@ -84,7 +84,10 @@ def create_network(
     if network.network_weights is None:
         return inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
     if network.dim_from_weights:
-        return _from_file(network.network_weights, trained, targets, settings, metadata, partial=True)
+        created = _from_file(network.network_weights, trained, targets, settings, metadata, partial=True)
+        if without := [component for component in components if component not in created.components]:
+            log.warning("%s has nothing for %s, which get no adapter", network.network_weights, ", ".join(without))
+        return created
     created = inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
     _start_from(created, network.network_weights, trained, targets)
     return created
@@ -193,7 +196,7 @@ def match_layers(
                 f"{source} is for another model: {name} changes a weight of size {list(found)}, here it has "
                 f"{list(expected)}"
             )
-    return [replace(layers[name], rank=given.rank, alpha=given.alpha) for name, given in here.items()]
+    return [replace(layers[name], rank=here[name].rank, alpha=here[name].alpha) for name in layers if name in here]
 
 
 def _from_file(
@@ -212,7 +215,8 @@ def _from_file(
     used = {layer.name: weights[layer.name] for layer in layers}
     network = attach(layers, targets, settings, metadata={**metadata, **size_metadata(list(used.values()))})
     network.load_weights(used, path)
-    _report(path, used=len(used), in_file=len(weights), without=0)
+    if not next(network.parameters()).is_meta:  # a trial without weights says nothing
+        _report(path, used=len(used), in_file=len(weights), without=0)
     return network
 
 
@@ -226,7 +230,8 @@ def _start_from(
     if not used:
         raise ConfigError(f"--network_weights {path} has nothing for the layers that this run trains")
     network.load_weights(used, path)
-    _report(path, used=len(used), in_file=len(weights), without=len(own) - len(used))
+    if not next(network.parameters()).is_meta:
+        _report(path, used=len(used), in_file=len(weights), without=len(own) - len(used))
 
 
 def _report(path: str, *, used: int, in_file: int, without: int) -> None:

@@ -107,14 +107,18 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
 
 
 def _check_names(arguments: Mapping[str, str], known: set[str]) -> None:
+    problems = []
     for name, value in arguments.items():
         if name in known or (name == "split_qkv" and value.lower() in _FALSE):
             continue
         if name in _REFUSED:
-            raise ConfigError(f"--network_args {name}={value} can't be used: {_REFUSED[name]}")
+            problems.append(f"--network_args {name}={value} can't be used: {_REFUSED[name]}")
+            continue
         near = nearest_name(name, known)
         hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
-        raise ConfigError(f"--network_args: unknown name {name}; {hint}")
+        problems.append(f"--network_args: unknown name {name}; {hint}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_ranks_come_from_file(arguments: Mapping[str, str], types: set[str]) -> None:

@@ -80,6 +80,11 @@ def trained_components(
             raise ConfigError(
                 f"--network_args {target.enabled_by} does nothing with --network_train_unet_only; remove one of the two"
             )
+        if target.enabled_by and switched_on and rates[component] == 0:
+            raise ConfigError(
+                f"--network_args {target.enabled_by} does nothing with a learning rate of 0 in --text_encoder_lr; "
+                "remove it or raise the rate"
+            )
         if wanted and switched_on and rates[component] > 0:
             chosen.append(component)
     _check_own_rates(optimizer, targets, settings)

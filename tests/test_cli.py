@@ -67,7 +67,7 @@ def trained(monkeypatch):
         configs.append(config)
         return 0
 
-    setup = types.SimpleNamespace(run_training=run_training)
+    setup = types.SimpleNamespace(run_training=run_training, trained_components=lambda config: ("denoiser",))
     monkeypatch.setitem(sys.modules, "library.training.setup", setup)
     monkeypatch.setattr(cli, "configure_logging", lambda config: None)
     return configs
@@ -243,10 +243,11 @@ def test_dry_run_output_runs_again(arguments, trained, tmp_path, capsys):
     assert trained[0].network.network_dim == 8
 
 
-def test_dry_run_loads_no_torch(arguments):
-    result = run_script(*arguments, "--dry_run")
-    assert result.returncode == 0
-    assert " torch\n" not in result.stderr
+def test_dry_run_checks_the_adapter_too(arguments, capsys):
+    code, out, _ = run([*arguments, "--dry_run"], capsys)
+    assert (code, out.splitlines()[-2]) == (0, "trained: denoiser")
+    code, _, err = run([*arguments, "--dry_run", "--network_args", "x_attn=0"], capsys)
+    assert (code, err) == (2, ["error: --network_args: unknown name x_attn; did you mean x_attn_dim?"])
 
 
 def test_messages_go_to_a_file(tmp_path):

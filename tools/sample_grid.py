@@ -37,6 +37,13 @@ def arrange(folder: Path, run: str | None, *, every: bool) -> tuple[list[list[Pa
     return [[row[label] for label in labels if label in row] for _, row in sorted(rows.items())], labels
 
 
+def readable(label: str) -> str:
+    """What a sample's label means to people."""
+    if label == "e000000":
+        return "before training"
+    return f"epoch {int(label[1:])}" if label.startswith("e") else f"step {int(label)}"
+
+
 def main() -> int:
     """Run the tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +66,7 @@ def main() -> int:
     pictures = [[Image.open(path) for path in row] for row in rows]
     captions = [row[0].info.get("parameters", "").split("\n")[0] for row in pictures]
     with atomic_path(options.output) as path:
-        make_grid(pictures, captions, labels).save(path, format="PNG")
+        make_grid(pictures, captions, [readable(label) for label in labels]).save(path, format="PNG")
     return 0
 
 

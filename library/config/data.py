@@ -148,7 +148,8 @@ class DataConfig:
     @property
     def loader_workers(self) -> int:
         """How many reader processes there are."""
-        return min(self.max_data_loader_n_workers, os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(self.max_data_loader_n_workers, cores)
 
 
 _FILES_ONLY = "captions come from text files beside the pictures. Write one per picture, or set class_tokens"

@@ -1,6 +1,7 @@
 """A training run's whole configuration, and the rules that span its groups."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from library.config.model import ModelConfig
 from library.config.network import NetworkConfig, network_problems
 from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
-from library.config.sampling import SamplingConfig
+from library.config.paths import path_problems
+from library.config.sampling import SamplingConfig, skip_layer_problems
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
 from library.config.validation import ValidationConfig
+from library.records import ModelDescription
 
 ADAPTER_LEARNING_RATE = 1e-4
 DERIVED = "derived"
@@ -31,12 +34,6 @@ _CAPTION_CHANGES = {
     "enable_wildcard": "chooses between wildcards",
     "token_warmup_step": "adds tags over time",
 }
-_FILES = (
-    ("logging", "log_tracker_config"),
-    ("saving", "metadata_thumbnail"),
-    ("network", "network_weights"),
-    ("network", "base_weights"),
-)
 
 
 def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
@@ -125,9 +122,33 @@ class RunConfig:
             *self._text_problems(),
             *self._learning_problems(),
             *self._data_problems(),
-            *self._missing_files(),
+            *path_problems(self),
             *(flow_problems(self.flow, self.loss) if self.flow is not None else ()),
         ]
+
+    def model_problems(self, description: ModelDescription) -> list[str]:
+        """What the configuration asks of a model that can't do it, one line each.
+
+        Args:
+            description: What the model's files say about it.
+        """
+        return [*skip_layer_problems(self.sampling, description), *self._position_problems(description.largest_side)]
+
+    def _position_problems(self, largest_side: int | None) -> Iterator[str]:
+        """Resolutions that are too large for every picture; those too large for some show once pictures are known."""
+        for index, dataset in enumerate(self.datasets):
+            step = dataset.bucket_reso_steps
+            side = math.isqrt(dataset.resolution.area) // step * step
+            if not dataset.enable_bucket:
+                side = max(dataset.resolution)
+            elif dataset.bucket_no_upscale:
+                continue
+            if largest_side is not None and side > largest_side:
+                place = f"{self.data.dataset_config}: datasets[{index}]." if self.data.dataset_config else "--"
+                yield (
+                    f"{place}resolution: {dataset.resolution} is too large for this model, whose table of positions "
+                    f"ends at {largest_side} pixels per side; at most {largest_side}x{largest_side}"
+                )
 
     def _text_problems(self) -> Iterator[str]:
         if not self.caching.cache_text_encoder_outputs:
@@ -176,15 +197,6 @@ class RunConfig:
         ):
             if self.was_given(name) and not getattr(self.caching, switch):
                 yield f"--{name} does nothing without --{switch}; add it or remove --{name}"
-
-    def _missing_files(self) -> Iterator[str]:
-        for attribute, name in _FILES:
-            value = getattr(getattr(self, attribute), name, None)
-            for path in [value] if isinstance(value, str) else value or ():
-                if not os.path.isfile(path):
-                    yield f"--{name} {path}: no such file"
-        if self.training.resume and not os.path.isdir(self.training.resume):
-            yield f"--resume {self.training.resume}: no such folder; it is one that ends in -state"
 
 
 def make_run_config(

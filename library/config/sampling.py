@@ -5,6 +5,7 @@ from typing import Any
 
 from library.config.errors import ConfigError
 from library.config.options import option
+from library.records import ModelDescription
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m")
 
@@ -54,6 +55,21 @@ class SkipLayerGuidance:
     def acts(self, step: int, steps: int) -> bool:
         """Whether it acts in step number ``step`` (from 0) of ``steps``."""
         return self.start * steps < step < self.stop * steps
+
+
+def skip_layer_problems(options: Any, description: ModelDescription) -> list[str]:
+    """What the ``validation_guidance_skip_*`` options of a group ask of a model that can't do it.
+
+    Args:
+        options: The group.
+        description: The model.
+    """
+    skip = SkipLayerGuidance.of(options)
+    if skip is None or max(skip.layers) < description.blocks:
+        return []
+    return [
+        f"--validation_guidance_skip_layers {max(skip.layers)}: the denoiser has blocks 0 to {description.blocks - 1}"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """What is written, when, and what it says about itself."""
 
+import base64
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from library.config.errors import ConfigError
@@ -27,6 +29,25 @@ def parse_output_name(value: Any) -> str:
 def parse_save_precision(value: Any) -> str:
     """This reads fp32 as the older name ``float``."""
     return "float" if value == "fp32" else str(value)
+
+
+_PICTURES = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
+
+
+def thumbnail_address(path: str) -> str:
+    """This turns a picture file into the ``data:`` address that holds it whole, as ``modelspec.thumbnail`` wants it.
+
+    Raises:
+        ConfigError: The file can't be read, or is no picture of a kind that browsers show.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--metadata_thumbnail {path}: can't be read ({error.strerror})") from None
+    kind = next((kind for start, kind in _PICTURES if content.startswith(start)), None)
+    if kind is None:
+        raise ConfigError(f"--metadata_thumbnail {path}: not a picture in PNG, JPEG or WebP")
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +98,7 @@ class SavingConfig:
     save_last_n_steps_state: int | None = option(
         None, "The same for states saved after steps. By default --save_last_n_steps.", minimum=1
     )
-    save_state: bool = option(
-        False,
-        "Save the state for --resume whenever weights are saved, the end included. An interrupted run saves it in any "
-        "case.",
-    )
+    save_state: bool = option(False, "Save the state for --resume whenever weights are saved, the end included.")
     save_state_on_train_end: bool = option(False, "Save the state at the end of the run, to train on later.")
     no_metadata: bool = option(
         False, "Write only what loaders need into the file's metadata. By default all settings that acted."

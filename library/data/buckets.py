@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from library.config.dataset import DatasetConfig
-from library.records import Box, Resolution
+from library.config.errors import ConfigError
+from library.records import Box, Resolution, Sample
 
 
 class Placement(NamedTuple):
@@ -52,6 +53,42 @@ def place(size: Resolution, dataset: DatasetConfig, step: int) -> Placement:
     )
     bucket = size if size in buckets else nearest_shape(size, buckets)
     return _centred(bucket, _cover(size, bucket))
+
+
+def place_all(
+    samples: Sequence[Sample], datasets: Sequence[DatasetConfig], step: int, largest_side: int | None = None
+) -> tuple[Placement, ...]:
+    """This places every picture.
+
+    Args:
+        samples: The pictures.
+        datasets: The datasets that they belong to.
+        step: See ``place``.
+        largest_side: The longest side in pixels that the model can take; None: any.
+
+    Raises:
+        ConfigError: Pictures get a longer side than that; one line per dataset.
+    """
+    placements = tuple(place(sample.size, datasets[sample.dataset], step) for sample in samples)
+    beyond: dict[int, list[str]] = {}
+    for sample, placement in zip(samples, placements):
+        if largest_side is not None and max(placement.bucket) > largest_side:
+            beyond.setdefault(sample.dataset, []).append(f"{sample.path} ({placement.bucket})")
+    if beyond:
+        raise ConfigError(
+            "\n".join(_beyond(number, datasets[number], found, largest_side) for number, found in beyond.items())
+        )
+    return placements
+
+
+def _beyond(number: int, dataset: DatasetConfig, found: Sequence[str], largest_side: int | None) -> str:
+    assert largest_side is not None
+    step = dataset.bucket_reso_steps
+    remedy = "lower resolution" if dataset.bucket_no_upscale else f"set max_bucket_reso = {largest_side // step * step}"
+    return (
+        f"datasets[{number}]: the model's table of positions ends at {largest_side} pixels per side, and {len(found)} "
+        f"of its pictures get more, such as {found[0]}; {remedy}"
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -83,7 +83,8 @@ def _pictures(folder: str, problems: list[str]) -> list[str]:
     """The names of the pictures in a folder, sorted."""
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries]
+            # names that begin with a dot are other programs' notes, such as ._cat.jpg of macOS
+            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         problems.append(f"{folder}: can't be read ({error.strerror})")
         return []

@@ -14,6 +14,8 @@ from library.config.generate import GenerateConfig
 from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.config.options import DEFAULT
+from library.config.paths import folder_problem
+from library.config.sampling import skip_layer_problems
 from library.families import FAMILIES, family_files, family_options
 from library.io.architectures import find_architecture
 from library.io.parts import read_weights
@@ -122,10 +124,14 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         for path in generate.network_weights:
             if not Path(path).is_file():
                 problems.append(f"--network_weights {path}: no such file")
+        if problem := folder_problem(generate.output_dir):
+            problems.append(f"--output_dir {generate.output_dir}: {problem}")
     if problems:
         raise ConfigError("\n".join(problems))
     files = family_files(family_name)
-    description = files.describe(files.locate(model, family))
+    description = files.describe(files.locate(model, family), family)
+    if wrong := skip_layer_problems(generate, description):
+        raise ConfigError("\n".join(wrong))
     return GenerateRun(
         family_name=family_name,
         description=description,
@@ -160,7 +166,7 @@ def picture_requests(
     }
     for side in ("width", "height"):
         if (value := getattr(generate, side)) is not None:
-            check_side(f"--{side}", value, resolution_step)
+            check_side(f"--{side}", value, resolution_step, description.largest_side)
             fallbacks[side] = value
     native = description.native_resolution
     requests = [
@@ -171,6 +177,7 @@ def picture_requests(
         requests += read_prompts(
             generate.sample_prompts,
             native_resolution=native,
+            largest_side=description.largest_side,
             resolution_step=resolution_step,
             seed=fallbacks["seed"],
             fallbacks=fallbacks,

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,11 @@ from library.config.errors import ConfigError
 from library.config.sampling import SkipLayerGuidance
 from library.families import create_family
 from library.families.protocols import ModelFamily
+from library.nn.attention import attention_function
 from library.records import TensorRecord
 from library.sampling.generate_command import GenerateRun
 from library.sampling.pictures import encode_prompts, generate, save_picture
-from networks.loading import adapter_components, load_adapter
+from networks.loading import adapter_components, layers_by_name, load_adapter, match_layers, read_adapter
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -38,13 +39,14 @@ def make_pictures(run: GenerateRun) -> list[Path]:
     dtype = resolve_dtype(options.mixed_precision, device)
     family: ModelFamily = create_family(run.family_name, run)
     changed = {path: adapter_components(path, family.adapter_targets) for path in options.network_weights}
+    attention_function(run.memory.attention_backend)
+    _check_adapters(options.network_weights, family)
 
     texts = _encode(run, family, changed, device, dtype)
     denoiser = family.load_denoiser(device=device, dtype=dtype)
     _put_adapters(run, family, changed, {"denoiser": denoiser})
     vae = family.load_vae(device=device, dtype=torch.float32 if options.no_half_vae else dtype)
     skip = SkipLayerGuidance.of(options)
-    _check_layers(skip, len(family.blocks(denoiser)))
 
     facts = {"model": Path(str(run.model.pretrained_model_name_or_path)).name} | _adapter_facts(run)
     start = options.output_name or time.strftime("%Y%m%d-%H%M%S")
@@ -134,11 +136,20 @@ def _put_adapters(
             load_adapter(path, roots, family.adapter_targets, multiplier, partial=True)
 
 
-def _check_layers(skip: SkipLayerGuidance | None, count: int) -> None:
-    if skip is not None and max(skip.layers) >= count:
-        raise ConfigError(
-            f"--validation_guidance_skip_layers {max(skip.layers)}: the denoiser has blocks 0 to {count - 1}"
-        )
+def _check_adapters(paths: Sequence[str], family: ModelFamily) -> None:
+    """Match the adapters with modules that have shapes and no weights.
+
+    Raises:
+        ConfigError: An adapter is for another model.
+    """
+    if not paths:
+        return
+    meta = {"device": "meta", "dtype": torch.float32}
+    roots = {"denoiser": family.load_denoiser(**meta), **family.load_text_encoders(**meta)}
+    layers = layers_by_name(roots, family.adapter_targets)
+    for path in paths:
+        weights = read_adapter(path, family.adapter_targets)
+        match_layers(weights, layers, roots, family.adapter_targets, path, partial=False)
 
 
 def _adapter_facts(run: GenerateRun) -> dict[str, str]:

@@ -82,6 +82,7 @@ def read_prompts(
     native_resolution: Resolution,
     resolution_step: int,
     seed: int,
+    largest_side: int | None = None,
     fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> list[PromptRequest]:
     """This reads a prompt file.
@@ -91,6 +92,7 @@ def read_prompts(
         native_resolution: The size of a picture whose prompt names none.
         resolution_step: Both sides must be multiples of this many pixels.
         seed: Of the run; see ``complete``.
+        largest_side: The longest side in pixels that the model can make; None: any.
         fallbacks: Fields of ``PromptRequest`` for prompts that don't say them.
 
     Raises:
@@ -111,7 +113,7 @@ def read_prompts(
             given = _inline(entry, where) if isinstance(entry, str) else _from_keys(entry, where)
             for name in ("width", "height"):
                 if name in given:
-                    check_side(f"{where}: {name}", given[name], resolution_step)
+                    check_side(f"{where}: {name}", given[name], resolution_step, largest_side)
             known = {**fallbacks, **given}
             if given.get("negative_prompt") and known.get("scale") == 1:
                 raise ConfigError(f"{where}: the negative prompt does nothing at guidance scale 1; remove one")
@@ -123,14 +125,17 @@ def read_prompts(
     return requests
 
 
-def check_side(name: str, value: int, step: int) -> None:
+def check_side(name: str, value: int, step: int, largest: int | None = None) -> None:
     """This refuses a width or height that the model can't make; the error names the nearest ones that it can.
 
     Args:
         name: ``--width`` or whatever the user wrote, for the start of the error.
         value: Pixels.
         step: Sides must be multiples of it.
+        largest: The longest side that the model can make; None: any.
     """
+    if largest is not None and value > largest:
+        raise ConfigError(f"{name} {value} is too large for this model, whose table of positions ends at {largest}")
     if value % step == 0:
         return
     below = value // step * step

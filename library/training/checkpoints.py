@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.config.saving import SavingConfig
@@ -19,7 +19,7 @@ from library.io.atomic import fsync_directory
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
 from library.training.metadata import checkpoint_metadata
-from library.training.optimizers import set_training_mode
+from library.training.optimizers import load_optimizer_state, set_training_mode
 from library.training.run import Run
 
 STATE_FORMAT = 1
@@ -174,11 +174,12 @@ def read_progress(folder: str) -> dict[str, Any]:
         raise ConfigError(f"--resume {folder}: not a run state, it has no {PROGRESS}; give a folder named ...-state")
     try:
         progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found, checksums = progress["format"], progress["checksums"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume {folder}: {PROGRESS} is damaged ({error}); resume from an older state") from error
-    if progress.get("format") != STATE_FORMAT:
-        raise ConfigError(f"--resume {folder}: written in format {progress.get('format')}, this version reads 1")
-    for name, checksum in progress["checksums"].items():
+    if found != STATE_FORMAT:
+        raise ConfigError(f"--resume {folder}: written in format {found}, this version reads {STATE_FORMAT}")
+    for name, checksum in checksums.items():
         file = path.parent / name
         if not file.is_file() or _checksum(file) != checksum:
             raise ConfigError(f"--resume {folder}: {name} is missing or damaged; resume from an older state")
@@ -187,20 +188,12 @@ def read_progress(folder: str) -> dict[str, Any]:
 
 def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     """Put the weights, the optimizer, the schedule and the losses back to where the state was saved."""
-    header = read_header(Path(folder) / TRAINABLE)
-    saved = dict(load_tensors(header))
-    own = run.trainable.state_dict()
-    if set(saved) != set(own) or any(saved[name].shape != own[name].shape for name in own):
-        differing = sorted(set(saved) ^ set(own)) or [name for name in own if saved[name].shape != own[name].shape]
-        raise ConfigError(
-            f"--resume {folder}: its adapter is another than this configuration's, {len(differing)} tensors differ, "
-            f"first {differing[0]}; use the options that the state was saved with"
-        )
-    run.trainable.load_state_dict(saved)
+    refuse_other_adapter(folder, run.trainable)
+    run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     try:
-        inner.load_state_dict(state["optimizer"])
+        load_optimizer_state(inner, state["optimizer"])
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"
@@ -209,6 +202,22 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.restore(progress["history"])
+
+
+def refuse_other_adapter(folder: str, trainable: nn.Module) -> None:
+    """Compare a run state's adapter with this run's, from its header alone.
+
+    Raises:
+        ConfigError: They have other layers or sizes.
+    """
+    saved = read_header(Path(folder) / TRAINABLE).shapes
+    own = {name: tuple(tensor.shape) for name, tensor in trainable.state_dict().items()}
+    differing = [name for name in sorted(set(saved) | set(own)) if saved.get(name) != own.get(name)]
+    if differing:
+        raise ConfigError(
+            f"--resume {folder}: its adapter is another than this configuration's, {len(differing)} tensors differ, "
+            f"first {differing[0]}; use the options that the state was saved with"
+        )
 
 
 def remove_old(run: Run, done: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,15 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from library.config.dataset import DatasetConfig
 from library.config.run import RunConfig
-from library.data.buckets import Placement, place
-from library.data.captions import caption_for_visit
+from library.data.buckets import Placement, place_all
+from library.data.captions import possible_captions
 from library.data.discovery import Discovery, discover
 from library.data.file_index import FileIndex
 from library.data.loader import BatchReader, make_loader
 from library.data.plan import BatchPlan, MicroBatch
 from library.data.store import MemoryStore, PackedStore, TensorStore
 from library.families.protocols import ModelFamily, TextEncodingStrategy
-from library.randomness import python_random
 from library.records import Batch, Sample
 from library.training.caching import LatentItem, cache_latents, cache_texts
 from library.training.validation import Validation
@@ -56,7 +54,7 @@ class TrainingData:
         return dict(counts)
 
 
-def find_data(config: RunConfig, seed: int, *, resolution_step: int) -> TrainingData:
+def find_data(config: RunConfig, seed: int, *, resolution_step: int, largest_side: int | None = None) -> TrainingData:
     """Look at every picture once: sizes, content hashes, captions, buckets."""
     folder = config.cache_dir
     os.makedirs(folder, exist_ok=True)
@@ -75,7 +73,7 @@ def find_data(config: RunConfig, seed: int, *, resolution_step: int) -> Training
         )
 
     def placed(samples: Sequence[Sample]) -> tuple[Placement, ...]:
-        return tuple(place(sample.size, config.datasets[sample.dataset], resolution_step) for sample in samples)
+        return place_all(samples, config.datasets, resolution_step, largest_side)
 
     return TrainingData(discovery, placed(discovery.samples), placed(discovery.validation))
 
@@ -90,11 +88,14 @@ def fill_latents(
     data: TrainingData,
     store: TensorStore,
     family: ModelFamily,
-    vae: nn.Module,
+    vae: Callable[[], nn.Module],
     signature: Mapping[str, str],
     accelerator: Accelerator,
 ) -> None:
-    """Encode every picture whose latents are not in the store, mirrored too where its subset flips."""
+    """Encode every picture whose latents are not in the store, mirrored too where its subset flips.
+
+    ``vae`` gives the VAE; it is asked only when something is missing.
+    """
     items = []
     train = zip(data.discovery.samples, data.placements)
     held_out = zip(data.discovery.validation, data.validation_placements)
@@ -104,10 +105,10 @@ def fill_latents(
             for flipped in (False, True) if may_flip and subset.flip_aug else (False,):
                 content = data.contents[sample.path]
                 items.append(LatentItem.of(sample, content, placement, flipped=flipped, signature=signature))
-    dtype = next(vae.parameters()).dtype
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        return family.latents.encode(vae, pixels.to(accelerator.device, dtype))
+        dtype = next(vae().parameters()).dtype
+        return family.latents.encode(vae(), pixels.to(accelerator.device, dtype))
 
     cache_latents(store, items, encode, batch_size=config.caching.vae_batch_size, accelerator=accelerator)
 
@@ -127,33 +128,37 @@ def fill_texts(
     data: TrainingData,
     store: TensorStore,
     text: TextEncodingStrategy,
-    encoders: Mapping[str, nn.Module],
+    encoders: Callable[[], Mapping[str, nn.Module]],
     signature: Mapping[str, str],
     accelerator: Accelerator,
+    *,
+    prompts: Sequence[str],
 ) -> None:
-    """Encode every caption that can occur and is not in the store; the empty caption is always among them."""
+    """Encode every caption that can occur, and the sample ``prompts``, where they are not in the store.
+
+    The empty caption is always among them. ``encoders`` gives the text encoders; it is asked only when something is
+    missing.
+    """
     captions = {""}
     for sample in (*data.discovery.samples, *data.discovery.validation):
-        captions.add(fixed_caption(sample, config.datasets))
+        possible = possible_captions(sample.captions, config.datasets[sample.dataset].subsets[sample.subset])
+        assert possible is not None, "the configuration refuses cached text for captions that change at every visit"
+        captions.update(possible)
 
     def encode(batch: Sequence[str]) -> Any:
         with accelerator.autocast():
-            return text.encode(encoders, text.tokenize(batch).to(accelerator.device))
+            return text.encode(encoders(), text.tokenize(batch).to(accelerator.device))
 
-    cache_texts(
-        store,
-        sorted(captions),
-        encode,
-        signature=signature,
-        batch_size=config.caching.text_encoder_batch_size,
-        accelerator=accelerator,
-    )
-
-
-def fixed_caption(sample: Sample, datasets: Sequence[DatasetConfig]) -> str:
-    """The caption of a sample whose subset neither shuffles nor draws (dropout apart, which gives the empty one)."""
-    subset = datasets[sample.dataset].without_augmentation().subsets[sample.subset]
-    return caption_for_visit(sample.captions, subset, python_random(0), epoch=1, step=0, max_steps=1)[0]
+    # Prompts apart: a batch's company moves the last bits, and samples must not change the training.
+    for wanted in (sorted(captions), prompts):
+        cache_texts(
+            store,
+            wanted,
+            encode,
+            signature=signature,
+            batch_size=config.caching.text_encoder_batch_size,
+            accelerator=accelerator,
+        )
 
 
 def own_micro_batches(
@@ -171,15 +176,10 @@ def loader(
     return make_loader(
         reader,
         micro_batches,
-        workers=min(config.data.max_data_loader_n_workers, available_cores()),
+        workers=config.data.loader_workers,
         persistent=config.data.persistent_data_loader_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_validation(config: RunConfig, data: TrainingData, reader: BatchReader, seed: int) -> Validation | None:

@@ -1,5 +1,6 @@
 """The text encoders and the VAE: they encode what can be cached, then leave memory before the denoiser is loaded."""
 
+import functools
 import gc
 import hashlib
 import logging
@@ -12,10 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from library.config.run import RunConfig
+from library.data.cache_keys import text_key
 from library.data.store import TensorStore
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.records import TensorRecord
-from library.sampling.pictures import encode_prompts
 from library.sampling.prompts import PromptRequest
 from library.training.data import TrainingData, fill_latents, fill_texts, latent_signature, open_store, text_signature
 from library.training.precision import Precision
@@ -65,22 +66,28 @@ def prepare_text(
     precision: Precision,
     accelerator: Accelerator,
 ) -> TextSide:
-    """Load the text encoders, and cache their outputs and let them go where that was asked for."""
-    log.info("loading the text encoders")
-    encoders = family.load_text_encoders(device=accelerator.device, dtype=precision.frozen)
-    merge_base_weights(config, family, encoders)
+    """Text encoders for the step; or, where caching was asked for, their outputs and no encoders.
+
+    With caches they are loaded only when a caption or a prompt is missing there.
+    """
+
+    @functools.cache
+    def encoders() -> dict[str, nn.Module]:
+        log.info("loading the text encoders")
+        loaded = family.load_text_encoders(device=accelerator.device, dtype=precision.frozen)
+        merge_base_weights(config, family, loaded)
+        return loaded
+
     if not config.caching.cache_text_encoder_outputs:
-        return TextSide(encoders=encoders)
+        return TextSide(encoders=encoders())
     store = open_store(config, "text", on_disk=config.caching.cache_text_encoder_outputs_to_disk)
     signature = {**text_signature(text, precision.frozen), **base_weights_signature(config)}
-    fill_texts(config, data, store, text, encoders, signature, accelerator)
-    prompts = None
-    if requests:
-        with accelerator.autocast():
-            prompts = encode_prompts(text, encoders, requests)
-    encoders.clear()
-    release_memory()
-    return TextSide(store=store, signature=signature, prompts=prompts)
+    prompts = list(dict.fromkeys(prompt for request in requests for prompt in request.texts))
+    fill_texts(config, data, store, text, encoders, signature, accelerator, prompts=prompts)
+    if encoders.cache_info().currsize:
+        encoders.cache_clear()
+        release_memory()
+    return TextSide(store=store, signature=signature, prompts=stored_prompts(store, text, signature, prompts))
 
 
 def prepare_latents(
@@ -92,19 +99,39 @@ def prepare_latents(
     *,
     keep: bool,
 ) -> LatentSide:
-    """Load the VAE and cache latents where that was asked for; ``keep`` it on the host for samples."""
-    log.info("loading the VAE")
+    """The VAE for the step; or, where caching was asked for, latents.
+
+    With caches it is loaded only when a picture is missing there, or to ``keep`` it on the host for samples.
+    """
     dtype = torch.float32 if config.caching.no_half_vae else precision.frozen
-    vae = family.load_vae(device=accelerator.device, dtype=dtype)
+
+    @functools.cache
+    def vae() -> nn.Module:
+        log.info("loading the VAE")
+        return family.load_vae(device=accelerator.device, dtype=dtype)
+
     if not config.caching.cache_latents:
-        return LatentSide(vae)
+        return LatentSide(vae())
     store = open_store(config, "latents", on_disk=config.caching.cache_latents_to_disk)
     signature = latent_signature(family, dtype)
     fill_latents(config, data, store, family, vae, signature, accelerator)
-    kept = vae.to("cpu") if keep else None
-    del vae
-    release_memory()
+    kept = None
+    if keep:
+        kept = vae().to("cpu") if vae.cache_info().currsize else family.load_vae(device="cpu", dtype=dtype)
+    if vae.cache_info().currsize:
+        vae.cache_clear()
+        release_memory()
     return LatentSide(kept, store, signature)
+
+
+def stored_prompts(
+    store: TensorStore, text: TextEncodingStrategy, signature: Mapping[str, str], prompts: Sequence[str]
+) -> dict[str, TensorRecord]:
+    """Features of sample prompts from the store, a row each; the empty prompt is unconditional, as in training."""
+    stored = {prompt: text.record().stack([store.read(text_key(prompt, signature))]) for prompt in prompts}
+    if "" in stored:
+        stored[""] = text.drop(stored[""], torch.ones(1, dtype=torch.bool))
+    return stored
 
 
 def merge_base_weights(config: RunConfig, family: ModelFamily, components: Mapping[str, nn.Module]) -> None:
@@ -113,7 +140,8 @@ def merge_base_weights(config: RunConfig, family: ModelFamily, components: Mappi
         return
     files, multipliers = config.network.base_weights, config.network.base_weights_multipliers
     layers = merge(components, family.adapter_targets, files, multipliers, partial=True)
-    log.info("merged %s into %d layers of %s", ", ".join(files), layers, ", ".join(components))
+    if layers:
+        log.info("merged %s into %d layers of %s", ", ".join(files), layers, ", ".join(components))
 
 
 def base_weights_signature(config: RunConfig) -> dict[str, str]:

@@ -18,7 +18,6 @@ from library.training.checkpoints import (
     step_name,
 )
 from library.training.run import Run, StepHook
-from library.training.schedules import current_learning_rates
 from library.training.validation import Validation
 
 Due = Callable[[Run, int], bool]
@@ -73,8 +72,6 @@ def log_numbers() -> StepHook:
         loss = numbers.pop("loss")
         run.history.add(loss)
         logged = {"loss/current": loss, "loss/average": run.history.smoothed, **numbers}
-        inner = getattr(run.optimizer, "optimizer", run.optimizer)
-        logged.update({f"lr/{name}": rate for name, rate in current_learning_rates(inner).items()})
         if run.epoch_ended(done):
             logged["loss/epoch_average"] = run.history.epoch_average
             run.history.end_epoch()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from library.config.errors import ConfigError
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
+from library.training.schedules import current_learning_rates
 from library.training.step import training_loss
 
 
@@ -43,7 +44,9 @@ def optimize(run: Run, step: int) -> None:
     sum_gradients(parameters, run.accelerator)
     norm = gradient_norm(run, parameters)
     loss = run.accelerator.reduce(loss, reduction="sum")
+    rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
     run.step_numbers = {"loss": loss.item(), "gradient_norm": norm.item()}
+    run.step_numbers.update({f"lr/{name}": rate for name, rate in rates.items()})
     refuse_non_finite(run, step, samples)
     run.optimizer.step()
     run.schedule.step()

@@ -14,6 +14,7 @@ from torch import Tensor
 from library.config.dataset import DatasetConfig
 from library.config.options import acting_metadata
 from library.config.run import RunConfig
+from library.config.saving import thumbnail_address
 from library.records import ModelDescription, Sample
 from library.training.run import Run
 
@@ -94,7 +95,7 @@ def _modelspec(run: Run, now: float) -> dict[str, str]:
         "license": saving.metadata_license,
         "tags": saving.metadata_tags,
         "usage_hint": saving.metadata_usage_hint,
-        "thumbnail": saving.metadata_thumbnail,
+        "thumbnail": thumbnail_address(saving.metadata_thumbnail) if saving.metadata_thumbnail else None,
         "merged_from": saving.metadata_merged_from,
         "trigger_phrase": saving.metadata_trigger_phrase,
         "preprocessor": saving.metadata_preprocessor,

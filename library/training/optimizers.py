@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from library.config.errors import ConfigError, nearest_name
@@ -84,13 +85,16 @@ def create_optimizer(
         settings.setdefault("fused", True)
     if optimizer_class.__module__.startswith("bitsandbytes") and device.type == "cpu":
         notes.append(f"no accelerator: {optimizer_class.__name__} runs bitsandbytes' CPU code; nothing is paged")
+    rate: float | None = learning_rate
     if settings.get("relative_step") is True:
         notes.append("Adafactor with relative_step sets the learning rate by itself; --learning_rate is not used")
+        rate = None
         for group in groups:
             group["lr"] = None
-        optimizer = optimizer_class(groups, lr=None, **settings)
-    else:
-        optimizer = optimizer_class(groups, lr=learning_rate, **settings)
+    try:
+        optimizer = optimizer_class(groups, lr=rate, **settings)
+    except (TypeError, ValueError, AssertionError) as error:  # each library has its own for a value it can't use
+        raise ConfigError(f"--optimizer_args: {optimizer_class.__name__} says: {error}") from error
     listed = ",".join(f"{key}={value}" for key, value in settings.items())
     label = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
     return CreatedOptimizer(optimizer, f"{label}({listed})" if listed else label, tuple(notes))
@@ -102,7 +106,15 @@ def _find_class(name: str) -> tuple[Any, dict[str, Any]]:
     else:
         module_name, _, class_name = name.rpartition(".")
         preset = {}
-    return load_class(module_name, class_name, "--optimizer_type"), preset
+    found = load_class(module_name, class_name, "--optimizer_type")
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"--optimizer_type: {module_name}.{class_name} is no optimizer")
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"--optimizer_type: {class_name} asks for the loss several times per step, which is not done; use another"
+        )
+    return found, preset
 
 
 def load_class(module_name: str, class_name: str, option: str) -> Any:
@@ -145,3 +157,23 @@ def set_training_mode(optimizer: Optimizer, training: bool) -> None:
     switch = getattr(inner, "train" if training else "eval", None)
     if switch is not None:
         switch()
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """This loads what ``state_dict`` gave, each tensor in the type it had.
+
+    torch gives floating-point state the type of its parameter, and so rounds what an optimizer keeps in fp32 beside
+    parameters in bf16.
+
+    Raises:
+        ValueError: The state is another optimizer's, or of other parameters.
+    """
+    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers):
+        own = optimizer.state.get(parameter, {})
+        for name, saved in state["state"].get(number, {}).items():
+            loaded = own.get(name)
+            if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != saved.dtype:
+                own[name] = saved.to(loaded.device)

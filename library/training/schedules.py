@@ -1,6 +1,7 @@
 """Learning-rate schedules: a multiplier of each group's learning rate as a function of the optimizer step."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +22,29 @@ def create_schedule(config: OptimizerConfig, optimizer: Optimizer, *, max_steps:
 
     Returns:
         An object with ``step``, ``state_dict`` and ``load_state_dict``; step it once per optimizer step.
+
+    Raises:
+        ConfigError: The schedule is unknown, or can't be used with its arguments or with this optimizer.
     """
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        if config.lr_scheduler_type or config.lr_scheduler not in ("constant", "adafactor"):
+            raise ConfigError(
+                f"--lr_scheduler {config.lr_scheduler_type or config.lr_scheduler} does nothing: "
+                f"{config.optimizer_type} sets the learning rate by itself here (relative_step=True); remove one"
+            )
+        return _NoSchedule()
     if config.lr_scheduler_type:
         arguments = parse_key_values(config.lr_scheduler_args, "lr_scheduler_args")
         module_name, _, class_name = config.lr_scheduler_type.rpartition(".")
         schedule_class = load_class(module_name or "torch.optim.lr_scheduler", class_name, "--lr_scheduler_type")
+        if "metrics" in inspect.signature(schedule_class.step).parameters:
+            raise ConfigError(
+                f"--lr_scheduler_type {class_name} follows a measurement, and none is handed to it; choose one that "
+                "follows the step"
+            )
         try:
             return schedule_class(optimizer, **arguments)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"--lr_scheduler_args: {class_name} says: {error}") from error
     return LambdaLR(optimizer, learning_rate_multiplier(config, max_steps=max_steps))
 
@@ -52,7 +68,7 @@ def learning_rate_multiplier(config: OptimizerConfig, *, max_steps: int) -> Mult
         "polynomial": lambda: functools.partial(
             _after_warmup,
             warmup,
-            _Progress(warmup, max_steps, _polynomial(arguments.pop("lr_end", 1e-7) / base, config.lr_scheduler_power)),
+            _Progress(warmup, max_steps, _polynomial(_end_rate(arguments) / base, config.lr_scheduler_power)),
         ),
         "inverse_sqrt": lambda: functools.partial(
             _after_warmup, warmup, _inverse_square_root(warmup, config.lr_scheduler_timescale)
@@ -74,6 +90,20 @@ def resolve_steps(value: int | float, max_steps: int) -> int:
     return int(value * max_steps) if isinstance(value, float) and value < 1 else int(value)
 
 
+class _NoSchedule:
+    """Leaves the learning rate to the optimizer."""
+
+    def step(self) -> None:
+        """Nothing changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """There is nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+
+
 class _Progress:
     """A shape over the part of the run after the warm-up, as a function of the step."""
 
@@ -82,6 +112,13 @@ class _Progress:
 
     def __call__(self, step: int) -> float:
         return self.shape((step - self.warmup) / self.length)
+
+
+def _end_rate(arguments: dict[str, Any]) -> float:
+    rate = arguments.pop("lr_end", 1e-7)
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise ConfigError(f"--lr_scheduler_args: lr_end must be a number, got {rate!r}")
+    return float(rate)
 
 
 def _constant(step: int) -> float:

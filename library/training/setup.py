@@ -27,17 +27,19 @@ from library.sampling.prompts import PromptRequest, read_prompts
 from library.training import data as training_data
 from library.training import hooks
 from library.training.checkpoints import read_progress, restore_state
+from library.training.checks import check_run
 from library.training.encoders import TextSide, merge_base_weights, prepare_latents, prepare_text
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
 from library.training.optimizers import create_optimizer
 from library.training.precision import Precision, resolve_block_swap, resolve_precision
+from library.training.resuming import changes_since
 from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
-from library.training.trackers import Trackers, check_packages, logging_folder, start_trackers
+from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
 from library.training.validation import Validation
-from networks.loading import check_network, create_network
+from networks.loading import create_network
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +56,37 @@ def run_training(config: RunConfig) -> int:
     return 0
 
 
+def trained_components(config: RunConfig) -> tuple[str, ...]:
+    """This checks all that ``set_up`` checks before it loads anything, and says what would be trained.
+
+    Raises:
+        ConfigError: All that is wrong, one line each.
+    """
+    if config.training.resume:
+        read_progress(config.training.resume)
+    family = create_family(config.family_name, config)
+    return check_run(config, family, accelerator_available=has_accelerator())
+
+
 def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     """Everything that a run needs, made in the order that keeps the least in memory."""
     assert config.network is not None and config.optimizer.learning_rate is not None
+    progress = read_progress(config.training.resume) if config.training.resume else None
+    family: ModelFamily = create_family(config.family_name, config)
+    check_run(config, family, accelerator_available=has_accelerator())
+    log_in(config.logging)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = start_accelerator(config, precision)
-    progress = read_progress(config.training.resume) if config.training.resume else None
+    log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
     seed = resolve_seed(config, progress, accelerator)
-    os.makedirs(config.saving.output_dir, exist_ok=True)
-    family: ModelFamily = create_family(config.family_name, config)
-    check_network(config.network, config.optimizer, family.adapter_targets)
-
-    data = training_data.find_data(config, seed, resolution_step=family.latents.format.resolution_step)
+    for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.cache_dir)):
+        make_folder(name, folder)
+    data = training_data.find_data(
+        config,
+        seed,
+        resolution_step=family.latents.format.resolution_step,
+        largest_side=family.description.largest_side,
+    )
     for line in [*precision.notes, *data.discovery.notes]:
         log.info(line)
     plan = BatchPlan(
@@ -75,6 +96,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         seed=seed,
         micro_batches_per_step=accelerator.num_processes * config.training.gradient_accumulation_steps,
     )
+    if config.training.resume and progress:
+        for line in changes_since(config, config.training.resume, progress, plan.fingerprint()):
+            log.warning(line)
     max_steps = resolve_steps(config, plan)
     first_step = progress["step"] if progress else 0
     if first_step >= max_steps:
@@ -121,7 +145,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         rank=accelerator.process_index,
         accumulation=config.training.gradient_accumulation_steps,
     )
-    start_trackers(accelerator, config.logging, config.as_dict())
+    start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
     run = Run(
         config=config,
         seed=seed,
@@ -162,6 +186,18 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     return run, taker
 
 
+def make_folder(name: str, folder: str) -> None:
+    """Make a folder that the option ``name`` gives.
+
+    Raises:
+        ConfigError: It can't be made.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--{name} {folder}: can't be made ({error.strerror})") from None
+
+
 def has_accelerator() -> bool:
     """Whether training runs on a GPU."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
@@ -172,7 +208,6 @@ def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
     handlers = []
     if config.training.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.training.ddp_timeout)))
-    check_packages(config.logging)
     trackers = list(config.logging.trackers)
     accelerator = Accelerator(
         mixed_precision=precision.mixed,
@@ -220,6 +255,7 @@ def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[P
     return read_prompts(
         sampling.sample_prompts,
         native_resolution=family.description.native_resolution,
+        largest_side=family.description.largest_side,
         resolution_step=family.latents.format.resolution_step,
         seed=seed,
     )
@@ -313,11 +349,11 @@ def report_lines(run: Run, data: training_data.TrainingData) -> list[str]:
         buckets = ", ".join(f"{name}: {count}" for name, count in sorted(data.buckets(index).items()))
         own = sum(1 for sample in data.discovery.samples if sample.dataset == index)
         lines.append(f"dataset {index}: {own} images at {dataset.resolution}, visits per bucket and epoch: {buckets}")
-    groups = ", ".join(
-        f"{group.get('name', index)} ({sum(p.numel() for p in group['params']):,} at {group['lr']})"
-        for index, group in enumerate(run.optimizer.param_groups)
-    )
-    lines.append(f"trained: {groups}")
+    groups = []
+    for index, group in enumerate(run.optimizer.param_groups):
+        count, rate = sum(parameter.numel() for parameter in group["params"]), group.get("initial_lr", group["lr"])
+        groups.append(f"{group.get('name', index)} ({count:,} numbers at learning rate {rate})")
+    lines.append(f"trained: {', '.join(groups)}")
     lines.append(
         f"steps: {run.max_steps} ({plan.steps_per_epoch} per epoch), {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, accumulation {run.config.training.gradient_accumulation_steps}, "

@@ -12,14 +12,10 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from library.config.config_file import read_toml
 from library.config.errors import ConfigError
 from library.config.logging import LoggingConfig
 from library.io.atomic import write_text
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 
 
 class Trackers:
@@ -111,6 +107,28 @@ def check_packages(config: LoggingConfig) -> None:
             raise ConfigError(f"--log_with {name} needs the package {name}; pip install {name}") from error
 
 
+def log_in(config: LoggingConfig) -> None:
+    """This logs in to wandb on the main process, which asks for the key where it can.
+
+    Raises:
+        ConfigError: wandb can't be used.
+    """
+    if "wandb" not in config.trackers or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        import wandb
+    except ImportError:
+        return  # check_packages says it
+    try:
+        wandb.login(key=config.wandb_api_key)
+    except (wandb.Error, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--log_with {config.log_with}: wandb can't log in ({reason}); run `wandb login`, give --wandb_api_key, or "
+            "set WANDB_MODE=offline"
+        ) from error
+
+
 def logging_folder(config: LoggingConfig) -> str | None:
     """This run's folder under ``--logging_dir``: the prefix and the time it started."""
     if not config.logging_dir:
@@ -118,20 +136,20 @@ def logging_folder(config: LoggingConfig) -> str | None:
     return os.path.join(config.logging_dir, (config.log_prefix or "") + time.strftime("%Y%m%d%H%M%S"))
 
 
-def start_trackers(accelerator: Accelerator, config: LoggingConfig, settings: Mapping[str, Any]) -> None:
+def start_trackers(
+    accelerator: Accelerator, config: LoggingConfig, settings: Mapping[str, Any], *, output_dir: str
+) -> None:
     """Start TensorBoard and wandb through accelerate; ``settings`` are logged with ``--log_config``."""
     if not accelerator.log_with or not accelerator.is_main_process:
         return
-    init: dict[str, Any] = {}
+    init: dict[str, Any] = {"wandb": {"dir": output_dir}} if "wandb" in config.trackers else {}
     if config.log_tracker_config:
-        with open(config.log_tracker_config, "rb") as file:
-            init = tomllib.load(file)
+        for name, arguments in read_toml(Path(config.log_tracker_config)).items():
+            init.setdefault(name, {}).update(arguments)
     if config.wandb_run_name:
         init.setdefault("wandb", {})["name"] = config.wandb_run_name
-    if config.wandb_api_key:
-        import wandb
-
-        wandb.login(key=config.wandb_api_key)
+    # TensorBoard takes plain values only
+    plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()}
     accelerator.init_trackers(
-        config.log_tracker_name or "network_train", config=dict(settings) if config.log_config else {}, init_kwargs=init
+        config.log_tracker_name or "network_train", config=plain if config.log_config else {}, init_kwargs=init
     )

@@ -326,7 +326,7 @@ def test_workers_are_out_of_reach_of_signals_to_the_group(folder):
     micro_batches = epochs_of(plan, 3)
     before = set(torch.multiprocessing.active_children())
     loader = make_loader(reader, micro_batches, workers=2, start_method="fork")
-    batches = [next(loader)]
+    batches = [next(loader), next(loader)]  # one of each worker
     for child in set(torch.multiprocessing.active_children()) - before:
         assert os.getpgid(child.pid) != os.getpgid(0)
         os.kill(child.pid, signal.SIGINT)

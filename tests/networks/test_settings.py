@@ -194,6 +194,9 @@ def test_which_components_are_trained():
         components(Config(OptimizerConfig(learning_rate=0.0)))
     with pytest.raises(ConfigError, match="train_t5xxl does nothing with --network_train_unet_only"):
         components(Config(network_train_unet_only=True, network_args=("train_t5xxl=1",)))
+    with pytest.raises(ConfigError, match="train_t5xxl does nothing with a learning rate of 0"):
+        silent = OptimizerConfig(text_encoder_lr=(1e-5, 1e-5, 0.0))
+        components(Config(silent, network_args=("train_t5xxl=true",)))
     with pytest.raises(ConfigError, match="for t5xxl does nothing"):
         components(Config(OptimizerConfig(text_encoder_lr=(1e-5, 1e-5, 1e-5))))
 

@@ -127,11 +127,13 @@ def test_encoders_are_gone_before_the_denoiser_comes(tmp_path, model, adapter, m
 
     def watched_encoders(self, **options):
         loaded = load_encoders(self, **options)
-        encoders.extend(weakref.ref(encoder) for encoder in loaded.values())
+        if str(options["device"]) != "meta":  # there, only shapes are checked
+            encoders.extend(weakref.ref(encoder) for encoder in loaded.values())
         return loaded
 
     def watched_denoiser(self, **options):
-        alive.extend(reference() is not None for reference in encoders)
+        if str(options["device"]) != "meta":
+            alive.extend(reference() is not None for reference in encoders)
         return load_denoiser(self, **options)
 
     monkeypatch.setattr(Sd3Family, "load_text_encoders", watched_encoders)

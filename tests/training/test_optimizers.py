@@ -3,7 +3,7 @@ import torch
 
 from library.config.errors import ConfigError
 from library.config.optimizer import OPTIMIZER_NAMES
-from library.training.optimizers import OPTIMIZERS, create_optimizer, set_training_mode
+from library.training.optimizers import OPTIMIZERS, create_optimizer, load_optimizer_state, set_training_mode
 
 CPU = torch.device("cpu")
 
@@ -82,3 +82,29 @@ def test_relative_step_says_that_it_sets_the_rate():
 def test_8bit_on_a_cpu_says_so():
     weight, _ = problem()
     assert any("no accelerator" in note for note in create("AdamW8bit", weight).notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*OPTIMIZER_NAMES, "torch.optim.NAdam"])
+def test_a_loaded_state_goes_on_exactly(name, dtype, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(64, 96).to(dtype))
+        return weight, create(name, weight).optimizer
+
+    def step(weight, optimizer, number):
+        set_training_mode(optimizer, True)
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        optimizer.step()
+
+    weight, optimizer = made()
+    for number in range(3):
+        step(weight, optimizer, number)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again, fresh = made()
+    again.data.copy_(weight.data)
+    load_optimizer_state(fresh, torch.load(tmp_path / "state.pt", weights_only=True))
+    for number in range(3, 6):
+        step(weight, optimizer, number)
+        step(again, fresh, number)
+        assert torch.equal(again, weight), number

@@ -95,6 +95,46 @@ def test_a_resumed_run_goes_on_with_its_log_and_its_seed(trainer):
     assert list(trainer.losses("out")) == [1, 2, 3, 4, 5]
 
 
+def test_the_log_has_the_learning_rate_of_its_step(trainer):
+    assert trainer("out", **CACHED, lr_scheduler="linear", learning_rate=1.0, network_alpha=1e-9) == 0
+    lines = [json.loads(line) for line in (trainer.folder / "out" / "run-log.jsonl").read_text().splitlines()]
+    assert [line["lr/unet"] for line in lines] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_resuming_refuses_options_that_the_state_has_settled_and_tells_others(trainer, capsys, caplog):
+    assert trainer("out", **CACHED, max_train_steps=2, save_state_on_train_end=True) == 0
+    state = trainer.folder / "out" / "run-state"
+    changed = {"learning_rate": 1e-3, "network_alpha": 1, "optimizer_type": "Lion"}
+    assert trainer("more", **{**CACHED, **changed}, max_train_steps=3, resume=state) == 2
+    error = capsys.readouterr().err
+    for name, (now, before) in {
+        "learning_rate": ("0.001", "0.01"),
+        "network_alpha": ("1.0", "2.0"),
+        "optimizer_type": ("Lion", "AdamW"),
+    }.items():
+        assert f"--{name} {now} (the state: {before})" in error
+    assert trainer("more", **CACHED, max_train_steps=3, resume=state, training_shift=2.0, caption_dropout_rate=0.5) == 0
+    told = capsys.readouterr().err
+    assert "changed since the state was saved: --training_shift 2.0 (the state: 1.0)" in told
+    other = trainer.dataset(subset="num_repeats = 2")
+    assert trainer("other", **CACHED, max_train_steps=3, resume=state, dataset_config=other) == 0
+    assert "the pictures, their order or the batches are others" in capsys.readouterr().err
+
+
+def test_a_warm_start_loads_no_encoder(trainer, capsys):
+    prompts = trainer.folder / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5\n")
+    sampling = {"sample_prompts": prompts, "sample_every_n_steps": 4, "cache_dir": trainer.folder / "cache"}
+    assert trainer("cold", **CACHED_ON_DISK, **sampling) == 0
+    assert "loading the text encoders" in capsys.readouterr().err
+    assert trainer("warm", **CACHED_ON_DISK, **sampling) == 0
+    told = capsys.readouterr().err
+    assert "loading the text encoders" not in told and "loading the VAE" not in told
+    assert equal(trainer.weights("cold"), trainer.weights("warm"))
+    pictures = [(trainer.folder / name / "sample" / "run_000004_00_5.png").read_bytes() for name in ("cold", "warm")]
+    assert pictures[0] == pictures[1]
+
+
 def test_resuming_refuses_another_seed_a_damaged_state_and_a_finished_run(trainer, capsys):
     assert trainer("out", **CACHED, max_train_steps=2, save_state_on_train_end=True) == 0
     state = trainer.folder / "out" / "run-state"

@@ -83,16 +83,17 @@ class Sd3Family:
     def load_text_encoders(self, *, device: Any, dtype: Any) -> dict[str, nn.Module]:
         """``clip_l``, ``clip_g`` and, where the files have it, ``t5xxl``: frozen, in eval mode."""
         encoders: dict[str, nn.Module] = {}
+        read_to = "meta" if torch.device(device).type == "meta" else "cpu"
         for name, part, activation in (
             ("clip_l", self.files.clip_l, "quick_gelu"),
             ("clip_g", self.files.clip_g, "gelu"),
         ):
-            tensors = LazyTensors(part, mmap=self.mmap).items()
+            tensors = LazyTensors(part, device=read_to, mmap=self.mmap).items()
             encoders[name] = load_clip(
                 tensors, part.shapes, activation=activation, device=device, dtype=dtype, source=part.title
             )
         if (t5 := self.files.t5xxl) is not None:
-            tensors = LazyTensors(t5, mmap=self.mmap).items()
+            tensors = LazyTensors(t5, device=read_to, mmap=self.mmap).items()
             encoders["t5xxl"] = load_t5(tensors, t5.shapes, device=device, dtype=dtype, source=t5.title)
         return encoders
 
@@ -204,7 +205,7 @@ def create(config: Any) -> Sd3Family:
         files=files,
         options=config.family,
         denoiser=denoiser,
-        description=describe(files),
+        description=describe(files, config.family),
         latents=latents,
         objective=FlowMatching(config.flow, config.loss),
         adapter_targets=adapter_targets(

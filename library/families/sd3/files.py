@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.config.errors import ConfigError
 from library.config.model import ModelConfig
+from library.families.sd3.options import RESOLUTION_STEP, Sd3Options
 from library.families.sd3.parts import BASE, COMPONENTS, Component, find_part, require_part
 from library.families.sd3.sizes import (
     DenoiserSizes,
@@ -26,11 +27,15 @@ from library.io.parts import Part, read_weights
 from library.io.pickles import SUFFIXES as PICKLE_SUFFIXES
 from library.records import ModelDescription, Resolution
 
-if TYPE_CHECKING:
-    from library.families.sd3.options import Sd3Options
-
-_NATIVE_RESOLUTION = Resolution(1024, 1024)
+_NATIVE_SIDE = 1024
 _IMPLEMENTATION = "https://github.com/Stability-AI/sd3.5"
+_T5_OPTIONS = (
+    "t5xxl_max_token_length",
+    "apply_t5_attn_mask",
+    "t5_padding",
+    "t5_dropout_rate",
+    "sd3_t5_uncond_behaviour",
+)
 _WEIGHTS_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
 _READERS: Mapping[str, Callable[[Part], Any]] = {
     "denoiser": denoiser_sizes,
@@ -62,7 +67,7 @@ class Sd3Files:
     folder: Path | None
 
 
-def problems(model: ModelConfig, options: "Sd3Options") -> list[str]:
+def problems(model: ModelConfig, options: Sd3Options) -> list[str]:
     """This checks every path from headers alone and returns all that is wrong, a line each.
 
     Args:
@@ -72,7 +77,7 @@ def problems(model: ModelConfig, options: "Sd3Options") -> list[str]:
     return _search(model, options)[1]
 
 
-def locate(model: ModelConfig, options: "Sd3Options") -> Sd3Files:
+def locate(model: ModelConfig, options: Sd3Options) -> Sd3Files:
     """This finds every part.
 
     Args:
@@ -96,13 +101,16 @@ def locate(model: ModelConfig, options: "Sd3Options") -> Sd3Files:
     )
 
 
-def describe(files: Sd3Files) -> ModelDescription:
+def describe(files: Sd3Files, options: Sd3Options | None = None) -> ModelDescription:
     """This says which model the files are.
 
     Args:
         files: From ``locate``.
+        options: The family's options; None: their defaults.
     """
     sizes = denoiser_sizes(files.denoiser)
+    largest_side = sizes.pos_embed_max_size * RESOLUTION_STEP
+    native_side = min(_NATIVE_SIDE, largest_side)
     if not sizes.qk_norm:
         title, version, architecture = "Stable Diffusion 3 medium", "medium", "stable-diffusion-3-medium"
     elif sizes.dual_attention_blocks:
@@ -122,12 +130,15 @@ def describe(files: Sd3Files) -> ModelDescription:
             "position table": f"{sizes.pos_embed_max_size}x{sizes.pos_embed_max_size}",
             "T5": "absent (zeros stand in for it)" if files.t5xxl is None else "present",
         },
-        native_resolution=_NATIVE_RESOLUTION,
+        native_resolution=Resolution(native_side, native_side),
         implementation=_IMPLEMENTATION,
+        blocks=sizes.depth,
+        # The scaled table is computed for any size; the checkpoint's own ends somewhere.
+        largest_side=None if options is not None and options.enable_scaled_pos_embed else largest_side,
     )
 
 
-def _search(model: ModelConfig, options: "Sd3Options") -> tuple[dict[str, Part], list[str]]:
+def _search(model: ModelConfig, options: Sd3Options) -> tuple[dict[str, Part], list[str]]:
     """All parts that can be found, and all that is wrong."""
     parts: dict[str, Part] = {}
     wrong: list[str] = []
@@ -148,6 +159,12 @@ def _search(model: ModelConfig, options: "Sd3Options") -> tuple[dict[str, Part],
         if name not in parts and name != "t5xxl" and base is not None:
             wrong.append(f"no {component.title}: {base.lacks(component)}; add {component.option}")
     wrong += _misfits(parts, named)
+    if base is not None and not wrong and "t5xxl" not in parts:
+        wrong += [
+            f"--{name} does nothing: the base model has no T5 inside; add --t5xxl, or remove --{name}"
+            for name in _T5_OPTIONS
+            if getattr(options, name) != type(options).__dataclass_fields__[name].default
+        ]
     if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
         wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
     return parts, wrong

@@ -12,11 +12,12 @@ Shapes:
 
 from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from library.families.sd3.blocks import FinalLayer, JointBlock
-from library.families.sd3.position_table import crop, sincos_table
+from library.families.sd3.position_table import crop
 from library.nn.attention import AttentionFunction
 from library.nn.embeddings import MLPEmbedder, timestep_sinusoid
 
@@ -35,7 +36,8 @@ class MMDiTConfig:
         in_channels: C.
         context_width: Width of the text features.
         pooled_width: Width of the pooled text features.
-        pos_embed_max_size: Rows and columns of the stored position table.
+        pos_embed_max_size: Rows and columns of the stored position table. It is part of the weights: a new model has
+            zeros, and ``position_table.sincos_table`` makes the published values.
         qk_norm: Whether queries and keys are normalised per head.
         dual_attention_blocks: Blocks with a second, image-only attention.
     """
@@ -106,7 +108,7 @@ class MMDiT(nn.Module):
         self.t_embedder = MLPEmbedder(TIMESTEP_CHANNELS, width)
         self.y_embedder = MLPEmbedder(config.pooled_width, width)
         self.context_embedder = nn.Linear(config.context_width, width)
-        self.register_buffer("pos_embed", sincos_table(config.pos_embed_max_size, width))
+        self.register_buffer("pos_embed", torch.zeros(1, config.pos_embed_max_size**2, width))
         self.joint_blocks = nn.ModuleList(
             JointBlock(
                 width,

@@ -8,7 +8,7 @@ from torch import nn
 
 from library.families.sd3.key_maps import denoiser_key_maps, to_diffusers
 from library.families.sd3.mmdit import CONFIGS, MMDiT, MMDiTConfig
-from library.families.sd3.position_table import crop
+from library.families.sd3.position_table import crop, sincos_table
 from library.families.sd3.skip_layers import skipped_layers
 from library.memory.checkpointing import enable_checkpointing
 from library.nn.attention import sdpa
@@ -43,6 +43,7 @@ def random_mmdit(config):
     mmdit = MMDiT(config, attention=sdpa)
     for name, parameter in mmdit.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if ".ln_" in name else 0.0, std=0.15)
+    mmdit.pos_embed.copy_(sincos_table(config.pos_embed_max_size, config.width))
     return mmdit
 
 
