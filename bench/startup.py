@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = (
-    "import torch, accelerate, safetensors.torch, tqdm, PIL.Image; import library.training.setup; "
-    "from transformers import CLIPTextModelWithProjection, T5EncoderModel, CLIPTokenizer, T5TokenizerFast"
+    "import torch, torch._dynamo, accelerate, PIL.Image, library.training.setup, library.families.sd3.family; "
+    "from transformers import CLIPTokenizer"
 )
 
 
