@@ -3,7 +3,6 @@
 import logging
 import os
 import secrets
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -34,6 +33,7 @@ from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
 from library.training.optimizers import create_optimizer
 from library.training.precision import Precision, resolve_block_swap, resolve_precision
+from library.training.report import report_lines, run_facts
 from library.training.resuming import changes_since
 from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
@@ -179,9 +179,11 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         log.info("resumed from %s after step %d", config.training.resume, first_step)
     taker = sample_taker(config, requests, text_side)
     run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
+    lines = report_lines(run, data)
     if accelerator.is_main_process:
-        write_text(resolved_path(config), resolved_toml(config, seed=seed))
-    for line in report_lines(run, data):
+        comments = "".join(f"# {line}\n" for line in lines)
+        write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
+    for line in lines:
         log.info(line)
     return run, taker
 
@@ -283,27 +285,6 @@ def prepare_network(
     return network
 
 
-def run_facts(config: RunConfig, plan: BatchPlan, max_steps: int, optimizer_label: str, seed: int) -> dict[str, Any]:
-    """Facts of the run for the metadata, without the ``ss_`` prefix."""
-    return {
-        "session_id": secrets.randbelow(2**32),
-        "training_started_at": time.time(),
-        "output_name": config.saving.output_name,
-        "seed": seed,
-        "optimizer": optimizer_label,
-        "prior_loss_weight": config.data.prior_loss_weight if has_regularisation(config) else None,
-        "max_train_steps": max_steps,
-        "num_batches_per_epoch": plan.micro_batches_per_epoch,
-        "num_epochs": -(-max_steps // plan.steps_per_epoch),
-        "sd_model_name": os.path.basename(str(config.model.pretrained_model_name_or_path).rstrip("/")),
-    }
-
-
-def has_regularisation(config: RunConfig) -> bool:
-    """Whether there are regularisation pictures."""
-    return any(subset.is_reg for dataset in config.datasets for subset in dataset.subsets)
-
-
 def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side: TextSide) -> hooks.SampleTaker | None:
     """What draws the samples; None when there are no prompts."""
     if not requests:
@@ -337,26 +318,3 @@ def log_path(config: RunConfig) -> str:
 def resolved_path(config: RunConfig) -> str:
     """The resolved configuration, to run again with ``--config_file``."""
     return os.path.join(config.saving.output_dir, f"{config.saving.output_name}-run.toml")
-
-
-def report_lines(run: Run, data: training_data.TrainingData) -> list[str]:
-    """What is about to happen, for the log."""
-    plan, accelerator = run.plan, run.accelerator
-    lines = [
-        f"model: {run.family.description.title}, {run.family.description.parameters:,} parameters, {run.weight_dtype}",
-    ]
-    for index, dataset in enumerate(run.config.datasets):
-        buckets = ", ".join(f"{name}: {count}" for name, count in sorted(data.buckets(index).items()))
-        own = sum(1 for sample in data.discovery.samples if sample.dataset == index)
-        lines.append(f"dataset {index}: {own} images at {dataset.resolution}, visits per bucket and epoch: {buckets}")
-    groups = []
-    for index, group in enumerate(run.optimizer.param_groups):
-        count, rate = sum(parameter.numel() for parameter in group["params"]), group.get("initial_lr", group["lr"])
-        groups.append(f"{group.get('name', index)} ({count:,} numbers at learning rate {rate})")
-    lines.append(f"trained: {', '.join(groups)}")
-    lines.append(
-        f"steps: {run.max_steps} ({plan.steps_per_epoch} per epoch), {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, accumulation {run.config.training.gradient_accumulation_steps}, "
-        f"precision {accelerator.mixed_precision}, seed {run.seed}"
-    )
-    return lines

@@ -29,6 +29,7 @@ def test_a_run_writes_adapter_log_and_configuration(trainer):
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("lora_up.weight"))
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
     assert list(trainer.losses("out")) == [1, 2, 3, 4]
+    assert "# trained: unet (16,768 numbers at learning rate 0.01)" in (trainer.folder / "out/run-run.toml").read_text()
     with safe_open(trainer.folder / "out" / "run.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_dim"] == "2"
