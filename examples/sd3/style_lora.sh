@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A style from 20 to 200 pictures with captions, kept apart from what the model knows by regularisation pictures.
-#   MODEL=/models/sd3.5_medium_incl_clips.safetensors T5XXL=/models/t5xxl_fp16.safetensors bash examples/sd3/style_lora.sh
+#   MODEL=/models/sd3.5_medium.safetensors CLIP_L=/models/clip_l.safetensors CLIP_G=/models/clip_g.safetensors \
+#   T5XXL=/models/t5xxl_fp16.safetensors bash examples/sd3/style_lora.sh
 # The pictures: edit examples/sd3/style_dataset.toml. On the miniature: MODEL=miniature (the default).
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A subject (a person, a pet, a thing) from 5 to 30 pictures, on Stable Diffusion 3.5 medium with 12 GB and more.
-#   MODEL=/models/sd3.5_medium_incl_clips.safetensors T5XXL=/models/t5xxl_fp16.safetensors bash examples/sd3/subject_lora.sh
+#   MODEL=/models/sd3.5_medium.safetensors CLIP_L=/models/clip_l.safetensors CLIP_G=/models/clip_g.safetensors \
+#   T5XXL=/models/t5xxl_fp16.safetensors bash examples/sd3/subject_lora.sh
 # The pictures: edit examples/sd3/subject_dataset.toml. On the miniature: MODEL=miniature (the default).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
