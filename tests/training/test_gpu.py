@@ -1,0 +1,56 @@
+"""What only a GPU can show. Run with ``bash run_tests.sh -m gpu`` on a machine that has one."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
+
+
+def losses_on_the_host(trainer, monkeypatch) -> dict[int, float]:
+    """The same steps in fp32 on the CPU."""
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert trainer("host", **CACHED) == 0
+    return trainer.losses("host")
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        pytest.param({}, 1e-2, id="fp32"),
+        pytest.param({"mixed_precision": "bf16"}, 0.1, id="bf16"),
+        pytest.param({"mixed_precision": "fp16"}, 0.1, id="fp16 with the loss scaler"),
+        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, 0.1, id="checkpointing"),
+        pytest.param({"optimizer_type": "AdamW8bit"}, 0.1, id="8-bit"),
+        pytest.param({"max_data_loader_n_workers": 2}, 1e-2, id="pinned memory"),
+    ],
+)
+def test_a_gpu_takes_the_steps_that_the_host_takes(trainer, monkeypatch, options, tolerance):
+    assert trainer("gpu", **CACHED, **options) == 0
+    assert trainer.losses("gpu") == pytest.approx(losses_on_the_host(trainer, monkeypatch), rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_resumed_run_ends_with_the_same_bytes(trainer, precision):
+    options = {**CACHED, "mixed_precision": precision, "max_train_steps": 4}
+    assert trainer("whole", **options, save_every_n_steps=2, save_state=True) == 0
+    state = trainer.folder / "whole" / "run-step00000002-state"
+    assert trainer("resumed", **options, resume=state) == 0
+    whole, resumed = trainer.weights("whole"), trainer.weights("resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_samples_on_a_gpu_are_the_hosts_up_to_rounding(trainer, monkeypatch):
+    from PIL import Image, ImageChops, ImageStat
+
+    prompts = trainer.folder / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 4 --l 3 --d 5\n")
+    sampling = {"sample_prompts": prompts, "sample_at_first": True, "max_train_steps": 1}
+    assert trainer("gpu", **CACHED, **sampling) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert trainer("host", **CACHED, **sampling) == 0
+    pictures = [Image.open(trainer.folder / name / "sample" / "run_e000000_00_5.png") for name in ("gpu", "host")]
+    assert max(ImageStat.Stat(ImageChops.difference(*pictures)).mean) < 4
