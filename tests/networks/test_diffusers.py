@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from library.families.sd3.key_maps import denoiser_key_maps, to_diffusers
+from library.families.sd3.key_maps import denoiser_key_maps
+from library.io.key_maps import to_diffusers
 from library.io.safetensors import save_tensors
 from networks.loading import create_network, load_adapter
 from tests.networks.adapter_fixtures import (

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.families.sd3.key_maps import to_diffusers, vae_key_maps
+from library.families.sd3.key_maps import vae_key_maps
+from library.io.key_maps import to_diffusers
 from library.nn.autoencoder_kl import SD3_VAE, AutoencoderKL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sd3" / "vae.txt"

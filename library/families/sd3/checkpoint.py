@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.families.sd3.files import Sd3Files
-from library.families.sd3.key_maps import KeyMap, from_diffusers
 from library.families.sd3.mmdit import MMDiT, MMDiTConfig
 from library.families.sd3.sizes import denoiser_sizes, vae_sizes
+from library.io.key_maps import KeyMap, from_diffusers
 from library.io.parts import Part
 from library.io.safetensors import LazyTensors
 from library.io.state_dict import check_strict, load_strict

@@ -5,41 +5,10 @@ stores (shift, scale) in the two layers that have no gate, and has linear layers
 convolutions. Everything else is a matter of names.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
 
+from library.io.key_maps import KeyMap, LayerMap, tensor_maps
 from library.records import FusedLinear
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Operation = Literal["copy", "split", "swap", "squeeze"]
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """One tensor of ours and what diffusers makes of it.
-
-    Attributes:
-        ours: Name in the single file, without prefix.
-        theirs: Names in diffusers' file: three for ``split``, otherwise one.
-        operation: ``split`` cuts the rows in three, ``swap`` exchanges their halves, ``squeeze`` drops a 1x1 kernel.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    operation: Operation
-
-
-@dataclass(frozen=True)
-class LayerMap:
-    """One layer (weight and bias) of ours and its counterparts in diffusers, by module path."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    operation: Operation = "copy"
-
 
 _EMBEDDERS = (
     LayerMap("x_embedder.proj", ("pos_embed.proj",)),
@@ -115,7 +84,7 @@ def denoiser_key_maps(*, depth: int, qk_norm: bool, dual_attention_blocks: Seque
         dual_attention_blocks: Blocks with a second attention.
     """
     maps = [KeyMap("pos_embed", ("pos_embed.pos_embed",), "copy")]
-    maps += _tensors(denoiser_layers(depth=depth, dual_attention_blocks=dual_attention_blocks))
+    maps += tensor_maps(denoiser_layers(depth=depth, dual_attention_blocks=dual_attention_blocks))
     for i in range(depth if qk_norm else 0):
         norms = _QK_NORMS | (_DUAL_QK_NORMS if i in dual_attention_blocks else {})
         for ours, theirs in norms.items():
@@ -163,75 +132,7 @@ def vae_key_maps(*, level_widths: Sequence[int], blocks_per_level: int) -> tuple
             layers.append(LayerMap(f"{down}.downsample.conv", (f"{down_block}.downsamplers.0.conv",)))
         if level > 0:
             layers.append(LayerMap(f"{up}.upsample.conv", (f"{up_block}.upsamplers.0.conv",)))
-    return tuple(_tensors(layers))
-
-
-def to_diffusers(tensors: "Mapping[str, Tensor]", maps: Sequence[KeyMap]) -> "Iterator[tuple[str, Tensor]]":
-    """This gives our tensors in diffusers' names and layouts, one at a time; most are views.
-
-    Args:
-        tensors: By our name. Each is looked up once, when its turn comes, so a mapping may load lazily.
-        maps: Of the model: ``denoiser_key_maps`` or ``vae_key_maps``.
-
-    Raises:
-        ValueError: A tensor is missing, or one has no counterpart.
-    """
-    _check_names(tensors, {entry.ours for entry in maps})
-    for entry in maps:
-        yield from zip(entry.theirs, _outward(entry, tensors[entry.ours]))
-
-
-def from_diffusers(tensors: "Mapping[str, Tensor]", maps: Sequence[KeyMap]) -> "Iterator[tuple[str, Tensor]]":
-    """This is the inverse of ``to_diffusers``.
-
-    Args:
-        tensors: By diffusers' name. Each is looked up once, when its turn comes, so a mapping may load lazily.
-        maps: Of the model: ``denoiser_key_maps`` or ``vae_key_maps``.
-
-    Raises:
-        ValueError: A tensor is missing, or one has no counterpart.
-    """
-    _check_names(tensors, {name for entry in maps for name in entry.theirs})
-    for entry in maps:
-        yield entry.ours, _inward(entry, [tensors[name] for name in entry.theirs])
-
-
-def swap_halves(rows: "Tensor") -> "Tensor":
-    """This exchanges the first and the second half of a tensor's rows; it is its own inverse."""
-    import torch
-
-    first, second = rows.chunk(2)
-    return torch.cat([second, first])
-
-
-def _outward(entry: KeyMap, tensor: "Tensor") -> "Sequence[Tensor]":
-    if entry.operation == "split":
-        return tensor.chunk(len(entry.theirs))
-    if entry.operation == "swap":
-        return [swap_halves(tensor)]
-    if entry.operation == "squeeze":
-        return [tensor[:, :, 0, 0]]
-    return [tensor]
-
-
-def _inward(entry: KeyMap, parts: "Sequence[Tensor]") -> "Tensor":
-    if entry.operation == "split":
-        import torch
-
-        return torch.cat(list(parts))
-    if entry.operation == "swap":
-        return swap_halves(parts[0])
-    if entry.operation == "squeeze":
-        return parts[0][:, :, None, None]
-    return parts[0]
-
-
-def _tensors(layers: Sequence[LayerMap]) -> Iterator[KeyMap]:
-    for layer in layers:
-        for kind in ("weight", "bias"):
-            operation = "copy" if layer.operation == "squeeze" and kind == "bias" else layer.operation
-            theirs = tuple(f"{name}.{kind}" for name in layer.theirs)
-            yield KeyMap(f"{layer.ours}.{kind}", theirs, operation)
+    return tuple(tensor_maps(layers))
 
 
 def _resnet(ours: str, theirs: str, shortcut: bool = False) -> Iterator[LayerMap]:
@@ -244,12 +145,3 @@ def _vae_attention(ours: str, theirs: str) -> Iterator[LayerMap]:
     yield LayerMap(f"{ours}.norm", (f"{theirs}.group_norm",))
     for our_name, their_name in _VAE_ATTENTION.items():
         yield LayerMap(f"{ours}.{our_name}", (f"{theirs}.{their_name}",), "squeeze")
-
-
-def _check_names(names: Mapping[str, object], expected: set[str]) -> None:
-    if missing := sorted(expected - set(names)):
-        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}; the file is incomplete")
-    if unknown := sorted(set(names) - expected):
-        raise ValueError(
-            f"{len(unknown)} tensors have no counterpart, such as {unknown[0]}; the file is of another model"
-        )

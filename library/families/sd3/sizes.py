@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
-from library.families.sd3.key_maps import KeyMap, denoiser_key_maps, vae_key_maps
+from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
+from library.io.key_maps import KeyMap
 from library.io.parts import Part
 
 HEAD_DIM = 64

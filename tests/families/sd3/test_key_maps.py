@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.families.sd3.key_maps import (
-    denoiser_key_maps,
-    from_diffusers,
-    fused_linears,
-    to_diffusers,
-    vae_key_maps,
-)
+from library.families.sd3.key_maps import denoiser_key_maps, fused_linears, vae_key_maps
+from library.io.key_maps import from_diffusers, to_diffusers
 from library.records import FusedLinear
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "sd3"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.families.sd3.key_maps import denoiser_key_maps, to_diffusers
+from library.families.sd3.key_maps import denoiser_key_maps
+from library.io.key_maps import to_diffusers
 from library.families.sd3.mmdit import CONFIGS, MMDiT, MMDiTConfig
 from library.families.sd3.position_table import crop, sincos_table
 from library.families.sd3.skip_layers import skipped_layers
