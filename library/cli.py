@@ -111,7 +111,9 @@ def checked_configuration(family: str, script: str, command_line: CommandLine) -
             problems.extend(str(error).splitlines())
             return otherwise
 
-    datasets: tuple[DatasetConfig, ...] = checked(lambda: read_datasets(groups["data"], resolution_step=step), ())
+    datasets: tuple[DatasetConfig, ...] = checked(
+        lambda: read_datasets(groups["data"], groups["pictures"], groups["captions"], resolution_step=step), ()
+    )
     config = make_run_config(family, script, groups, command_line.provenance, datasets)
     problems += config.problems()
     files = family_files(family)
@@ -119,6 +121,7 @@ def checked_configuration(family: str, script: str, command_line: CommandLine) -
         lambda: files.describe(files.locate(config.model, config.family), config.family), None
     )
     if description is not None:
+        config = config.with_model_defaults(description)
         problems += config.model_problems(description)
     if prompts := config.sampling.sample_prompts:
         native = description.native_resolution if description else _ANY_SIZE

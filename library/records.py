@@ -38,30 +38,37 @@ class Box(NamedTuple):
     bottom: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One picture of a dataset, as found on disk.
 
     Attributes:
         key: Names the sample in random draws, logs and errors: ``dataset/subset/relative path``. It doesn't contain
             the absolute path, so a run gives the same draws wherever the folder lies.
-        path: The picture's file.
-        captions: The caption file's lines that may be used (one, unless wildcards are on); ``("",)`` without a caption.
+        path: The picture's file, or its URL.
+        content: Hash of the file's bytes.
+        captions: The lines that may be its caption (one, unless wildcards are on); ``("",)`` without a caption.
         size: The picture's size after its EXIF orientation was applied.
         dataset: Index of the dataset in the configuration.
         subset: Index of the subset in its dataset.
         num_repeats: Visits per epoch.
         is_reg: Whether it is a regularisation picture.
+        mask: The file of its loss mask; None: it has none, or its own transparency is the mask.
+        mask_content: Hash of that file's bytes; empty without one.
+        focus: Centre and size of a face (x, y, width, height) in pixels of the upright picture, for crops around it.
     """
 
     key: str
     path: str
+    content: str
     captions: tuple[str, ...]
     size: Resolution
     dataset: int
     subset: int
     num_repeats: int = 1
     is_reg: bool = False
+    mask: str | None = None
+    mask_content: str = ""
+    focus: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,11 @@ class TensorRecord:
 
         Rows of unequal length in their first dimension are padded with zeros at the end.
         """
-        import torch
         from torch.nn.utils.rnn import pad_sequence
 
         def joined(parts: list["Tensor"]) -> "Tensor":
             if all(part.shape == parts[0].shape for part in parts):
-                return torch.stack(parts)
+                return stack_rows(parts)
             return pad_sequence(parts, batch_first=True)
 
         return cls.from_tensors({name: joined([row[name] for row in rows]) for name in rows[0]})
@@ -118,6 +124,23 @@ class TensorRecord:
 
     def _map(self, function: Any) -> "Self":
         return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+
+
+def stack_rows(rows: Sequence["Tensor"]) -> "Tensor":
+    """The rows as one tensor, as ``torch.stack`` gives it; rows that lie one after the other already aren't copied."""
+    import torch
+
+    first = rows[0]
+    size, start, memory = first.numel(), first.storage_offset(), first.untyped_storage().data_ptr()
+    if all(
+        row.is_contiguous()
+        and not row.requires_grad
+        and (row.shape, row.dtype) == (first.shape, first.dtype)
+        and (row.storage_offset(), row.untyped_storage().data_ptr()) == (start + number * size, memory)
+        for number, row in enumerate(rows)
+    ):
+        return first.as_strided((len(rows), *first.shape), (size, *first.stride()), start)
+    return torch.stack(list(rows))
 
 
 @dataclass(frozen=True)
@@ -193,7 +216,9 @@ class Batch:
         pixels: The pictures (B, 3, H, W) in -1..1, or None.
         text: Cached text features (a record of the family), or None: then ``tokens``.
         tokens: Token ids for the text encoders (a record of the family), or None.
-        mask: Loss mask (B, 1, h, w) in 0..1, or None.
+        mask: Weight of the loss (B, 1, h, w) in 0..1, or None: 1 everywhere.
+        taught: Rows whose target is the base model's own answer (B,), bool; None: no row is.
+        prior: Rows that are regularisation pictures, ``Sample.is_reg`` (B,), bool; None: no row is.
     """
 
     keys: tuple[str, ...]
@@ -208,6 +233,8 @@ class Batch:
     text: TensorRecord | None = None
     tokens: TensorRecord | None = None
     mask: "Tensor | None" = None
+    taught: "Tensor | None" = None
+    prior: "Tensor | None" = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -219,6 +246,15 @@ class Batch:
     def to(self, device: "torch.device | str") -> "Batch":
         """The same batch on ``device``."""
         return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def rows(self, index: Sequence[int]) -> "Batch":
+        """The batch of the chosen rows."""
+        return dataclasses.replace(
+            self._map(lambda t: t[index]),
+            keys=tuple(self.keys[row] for row in index),
+            visits=tuple(self.visits[row] for row in index),
+            captions=tuple(self.captions[row] for row in index),
+        )
 
     def _map(self, function: Any) -> "Batch":
         def mapped(value: Any) -> Any:
@@ -285,6 +321,8 @@ class ModelDescription:
         implementation: ``modelspec.implementation``: the address of the reference implementation.
         blocks: How many repeated blocks the denoiser has.
         largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
+        text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
+        defaults: Options whose default depends on the model: name -> what acts where nobody gave one.
     """
 
     title: str
@@ -296,3 +334,5 @@ class ModelDescription:
     implementation: str = ""
     blocks: int = 0
     largest_side: int | None = None
+    text_numbers: int = 0
+    defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from library.config.errors import ConfigError
 from library.config.options import option
 
 UNSUPPORTED: dict[str, str] = {
@@ -32,6 +33,11 @@ class CachingConfig:
         minimum=1,
         metavar="N",
     )
+    vae_cache_disable: bool = option(
+        False,
+        "Trains without cached latents, and encodes the pictures of the next step in the background while one is "
+        "computed. It takes the memory of both at once. By default the step encodes its pictures first.",
+    )
     cache_text_encoder_outputs: bool = option(
         False,
         "Encodes every caption once before training and keeps the features in memory, so that the text encoders "
@@ -48,9 +54,17 @@ class CachingConfig:
         minimum=1,
         metavar="N",
     )
+    caption_variants: int | None = option(
+        None,
+        "With cached text features and captions that change at every visit (shuffled tags, wildcards, several lines): "
+        "encode so many versions of each caption, which the visits take in turn. There is no default.",
+        minimum=1,
+        metavar="N",
+    )
     cache_dir: str | None = option(
         None,
-        "Folder of the cache. Runs may share one, also at the same time. By default <output_dir>/cache.",
+        "Folder of the cache, or a URL such as s3://bucket/cache. Runs may share one, also at the same time. By "
+        "default <output_dir>/cache.",
         metavar="DIR",
         aliases=("cache_dir_vae",),
     )
@@ -64,3 +78,5 @@ class CachingConfig:
             object.__setattr__(self, "cache_latents", True)
         if self.cache_text_encoder_outputs_to_disk:
             object.__setattr__(self, "cache_text_encoder_outputs", True)
+        if self.vae_cache_disable and self.cache_latents:
+            raise ConfigError("--vae_cache_disable and --cache_latents exclude each other; keep one")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.config.errors import ConfigError
 from library.config.loss import LossConfig
@@ -23,6 +24,9 @@ LARGEST_MODE_SCALE = 2 / (math.pi - 2)
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """Noise levels (flow matching)."""
+
+    own_density: ClassVar[str] = "uniform"
+    """The density where nobody says anything."""
 
     weighting_scheme: str = option(
         "uniform",
@@ -56,7 +60,7 @@ class FlowConfig:
         "Width of the sigmoid density; a larger one reaches more of both ends.",
         metadata_key="ss_sigmoid_scale",
     )
-    training_shift: float = option(
+    training_shift: float | None = option(
         1.0,
         "Shift k of the noise levels, s' = k s / (1 + (k - 1) s): above 1 trains composition, below 1 fine detail, and "
         "1 shifts nothing. SD3's own value at 1024 px is 3.",
@@ -94,7 +98,7 @@ class FlowConfig:
         """The density that noise levels are drawn from: one of ``DENSITIES``."""
         if self.flow_use_uniform_schedule:
             return "uniform"
-        return self.timestep_sampling or self._implied_density or "uniform"
+        return self.timestep_sampling or self._implied_density or self.own_density
 
     @property
     def idle_options(self) -> tuple[str, ...]:
@@ -120,9 +124,9 @@ class FlowConfig:
             raise ConfigError(f"--logit_std {self.logit_std} must be above 0")
         if self.sigmoid_scale <= 0:
             raise ConfigError(f"--sigmoid_scale {self.sigmoid_scale} must be above 0")
-        if self.training_shift <= 0:
+        if self.training_shift is not None and self.training_shift <= 0:
             raise ConfigError(f"--training_shift {self.training_shift} must be above 0; 1 means no shift")
-        if self.flow_schedule_auto_shift and self.training_shift != 1.0:
+        if self.flow_schedule_auto_shift and self.training_shift not in (None, 1.0):
             raise ConfigError(
                 f"--training_shift {self.training_shift} and --flow_schedule_auto_shift exclude each other: "
                 "the shift is either given or taken from the resolution. Remove one"

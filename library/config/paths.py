@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from library.config.config_file import read_toml
 from library.config.errors import ConfigError
 from library.config.saving import thumbnail_address
+from library.config.urls import is_remote
 
 if TYPE_CHECKING:
     from library.config.run import RunConfig
@@ -42,7 +43,7 @@ def path_problems(config: "RunConfig") -> Iterator[str]:
         "logging_dir": config.logging.logging_dir,
     }
     for name, folder in folders.items():
-        if folder is not None and (problem := folder_problem(folder)):
+        if folder is not None and not is_remote(folder) and (problem := folder_problem(folder)):
             yield f"--{name} {folder}: {problem}"
     if not missing:
         yield from _unusable(config)

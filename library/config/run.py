@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.config.caching import CachingConfig
+from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
-from library.config.dataset import DatasetConfig
+from library.config.dataset import DatasetConfig, SubsetConfig
 from library.config.flow import FlowConfig, flow_problems
 from library.config.logging import LoggingConfig
 from library.config.loss import LossConfig
@@ -19,9 +20,11 @@ from library.config.network import NetworkConfig, network_problems
 from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
+from library.config.pictures import PictureConfig
 from library.config.sampling import SamplingConfig, skip_layer_problems
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
+from library.config.urls import is_remote
 from library.config.validation import ValidationConfig
 from library.records import ModelDescription
 
@@ -31,9 +34,9 @@ DERIVED = "derived"
 _CAPTION_CHANGES = {
     "shuffle_caption": "shuffles tags",
     "caption_tag_dropout_rate": "drops tags",
-    "enable_wildcard": "chooses between wildcards",
-    "token_warmup_step": "adds tags over time",
+    "enable_wildcard": "chooses between wildcards and lines",
 }
+_PIXEL_CHANGES = ("random_crop", "color_aug", "face_crop_aug_range")
 
 
 def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
@@ -47,6 +50,8 @@ def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
         "model": ModelConfig,
         "family": family_options.OPTIONS,
         "data": DataConfig,
+        "pictures": PictureConfig,
+        "captions": CaptionConfig,
         "caching": CachingConfig,
         **({"network": NetworkConfig} if network else {}),
         "optimizer": OptimizerConfig,
@@ -81,6 +86,8 @@ class RunConfig:
     model: ModelConfig
     family: Any
     data: DataConfig
+    pictures: PictureConfig
+    captions: CaptionConfig
     datasets: tuple[DatasetConfig, ...]
     caching: CachingConfig
     network: NetworkConfig | None = None
@@ -105,8 +112,13 @@ class RunConfig:
 
     @property
     def cache_dir(self) -> str:
-        """The folder of the stores and of the index of files."""
+        """The folder of the stores, or its URL."""
         return self.caching.cache_dir or os.path.join(self.saving.output_dir, "cache")
+
+    @property
+    def local_cache_dir(self) -> str:
+        """The folder on this machine for the index of files and, where the stores are remote, for their indexes."""
+        return os.path.join(self.saving.output_dir, "cache") if is_remote(self.cache_dir) else self.cache_dir
 
     @property
     def trains_text_encoders(self) -> bool:
@@ -125,6 +137,23 @@ class RunConfig:
             *path_problems(self),
             *(flow_problems(self.flow, self.loss) if self.flow is not None else ()),
         ]
+
+    def with_model_defaults(self, description: ModelDescription) -> "RunConfig":
+        """The configuration with the defaults that depend on the model in the place of those that nobody gave.
+
+        Args:
+            description: What the model's files say about it.
+        """
+        changed: dict[str, Any] = {}
+        sources = dict(self.provenance)
+        for declared, value in option_values(self):
+            group = changed.get(declared.group, getattr(self, declared.group))
+            idle = getattr(group, "idle_options", ())
+            if value is None and declared.name in description.defaults and declared.name not in idle:
+                own = description.defaults[declared.name]
+                changed[declared.group] = dataclasses.replace(group, **{declared.name: own})
+                sources[declared.name] = f"{DERIVED}: {description.title} was trained with {own:g}"
+        return dataclasses.replace(self, provenance=sources, **changed)
 
     def model_problems(self, description: ModelDescription) -> list[str]:
         """What the configuration asks of a model that can't do it, one line each.
@@ -151,16 +180,32 @@ class RunConfig:
                 )
 
     def _text_problems(self) -> Iterator[str]:
-        if not self.caching.cache_text_encoder_outputs:
-            return
+        caching = self.caching
+        changed: dict[str, str] = {}
+        for place, subset in self._subsets():
+            if caching.cache_text_encoder_outputs and subset.token_warmup_step:
+                yield (
+                    "--cache_text_encoder_outputs encodes captions before training, but token_warmup_step of "
+                    f"{place} adds tags over time; remove one"
+                )
+            changed |= {does: f"{name} of {place}" for name, does in _CAPTION_CHANGES.items() if getattr(subset, name)}
+        if caching.cache_text_encoder_outputs and caching.caption_variants is None:
+            for does, where in changed.items():
+                yield (
+                    f"--cache_text_encoder_outputs encodes each caption once, but {where} {does} at every visit; add "
+                    "--caption_variants 8 to encode so many versions of each caption, or remove one"
+                )
+        if caching.caption_variants is not None and not (caching.cache_text_encoder_outputs and changed):
+            yield (
+                "--caption_variants does nothing without --cache_text_encoder_outputs and captions that change at "
+                f"every visit ({', '.join(_CAPTION_CHANGES)}); remove it"
+            )
+
+    def _subsets(self) -> Iterator[tuple[str, SubsetConfig]]:
+        """Every subset with what messages call it."""
         for index, dataset in enumerate(self.datasets):
             for number, subset in enumerate(dataset.subsets):
-                for name, does in _CAPTION_CHANGES.items():
-                    if getattr(subset, name):
-                        yield (
-                            f"--cache_text_encoder_outputs encodes each caption once, but {name} of datasets[{index}]."
-                            f"subsets[{number}] ({subset.image_dir}) {does} at every visit; remove one"
-                        )
+                yield f"datasets[{index}].subsets[{number}] ({subset.title})", subset
 
     def _learning_problems(self) -> Iterator[str]:
         network, optimizer = self.network, self.optimizer
@@ -182,15 +227,36 @@ class RunConfig:
             )
 
     def _data_problems(self) -> Iterator[str]:
-        if not any(dataset.validation_split for dataset in self.datasets):
+        subsets = [subset for _, subset in self._subsets()]
+        validates = any(dataset.role == "validation" for dataset in self.datasets)
+        if not validates and not any(subset.validation_split for subset in subsets):
             for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
                 if getattr(self.validation, name) is not None:
                     yield f"--{name} needs held-out pictures; add --validation_split 0.1"
             if self.data.validation_seed is not None:
                 yield "--validation_seed does nothing without held-out pictures; add --validation_split 0.1"
-        subsets = [subset for dataset in self.datasets for subset in dataset.subsets]
         if self.data.prior_loss_weight != 1 and not any(subset.is_reg for subset in subsets):
             yield "--prior_loss_weight does nothing without regularisation pictures (is_reg, --reg_data_dir); remove it"
+        taught = [place for place, subset in self._subsets() if subset.is_regularisation_data]
+        if self.data.regularisation_weight != 1 and not taught:
+            yield "--regularisation_weight does nothing without is_regularisation_data pictures; remove it"
+        if taught and self.network is None:
+            yield f"{taught[0]}: is_regularisation_data needs an adapter to switch off; a full fine-tune has none"
+        if not any(subset.has_masks for subset in subsets):
+            for group, name in (
+                ("data", "masked_loss"),
+                ("data", "masked_loss_normalize"),
+                ("pictures", "unmasked_weight"),
+            ):
+                if getattr(getattr(self, group), name):
+                    yield f"--{name} does nothing without masks (conditioning_data_dir or alpha_mask); remove it"
+        for place, subset in self._subsets():
+            for name in _PIXEL_CHANGES:
+                if self.caching.cache_latents and getattr(subset, name):
+                    yield (
+                        f"--cache_latents keeps one version of a picture, but {name} of {place} makes others; "
+                        "remove one"
+                    )
         for name, switch in (
             ("vae_batch_size", "cache_latents"),
             ("text_encoder_batch_size", "cache_text_encoder_outputs"),

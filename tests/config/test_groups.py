@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from library.config.caching import CachingConfig
 from library.config.errors import ConfigError
 from library.config.logging import LoggingConfig
 from library.config.memory import MemoryConfig
@@ -179,3 +180,8 @@ def test_trackers():
 def test_groups_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainingConfig().seed = 3
+
+
+def test_online_encoding_and_cached_latents_exclude_each_other():
+    with pytest.raises(ConfigError, match="--vae_cache_disable and --cache_latents exclude each other"):
+        CachingConfig(vae_cache_disable=True, cache_latents_to_disk=True)

@@ -21,10 +21,10 @@ def run_config(*argv, datasets=None, network=True):
     return make_run_config("sd3", "sd3_train_network.py", line.groups, line.provenance, datasets)
 
 
-def dataset(validation_split=0.0, **subset):
+def dataset(role="train", **subset):
     return DatasetConfig(
         resolution=Resolution(512, 512),
-        validation_split=validation_split,
+        role=role,
         subsets=(SubsetConfig(image_dir="cats", **subset),),
     )
 
@@ -59,6 +59,16 @@ CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
         (["--metadata_thumbnail", "a.png"], {}, "--metadata_thumbnail a.png: no such file"),
         (["--resume", "nowhere-state"], {}, "--resume nowhere-state: no such folder"),
         (["--loss_type", "huber", "--huber_schedule", "snr"], {}, "--huber_schedule snr does nothing"),
+        (["--caption_variants", "4"], {"shuffle_caption": True}, "--caption_variants does nothing without --cache_t"),
+        ([*CACHED, "--caption_variants", "4"], {}, "--caption_variants does nothing without"),
+        ([*CACHED, "--caption_variants", "4"], {"token_warmup_step": 9, "shuffle_caption": True}, "token_warmup_step"),
+        (["--cache_latents"], {"random_crop": True}, "random_crop of datasets[0].subsets[0] (cats) makes others"),
+        (["--cache_latents"], {"color_aug": True}, "color_aug of datasets[0]"),
+        (["--cache_latents"], {"face_crop_aug_range": (1.0, 2.0)}, "face_crop_aug_range of datasets[0]"),
+        (["--regularisation_weight", "0.5"], {}, "--regularisation_weight does nothing without is_regularisation"),
+        (["--masked_loss"], {}, "--masked_loss does nothing without masks"),
+        (["--masked_loss_normalize"], {}, "--masked_loss_normalize does nothing without masks"),
+        (["--unmasked_weight", "0.1"], {}, "--unmasked_weight does nothing without masks"),
     ],
 )
 def test_contradictions_between_groups(argv, subset, problem):
@@ -76,6 +86,10 @@ def test_contradictions_between_groups(argv, subset, problem):
         (["--prior_loss_weight", "0.5"], {"is_reg": True}),
         (["--cache_latents_to_disk", "--vae_batch_size", "4"], {}),
         (["--loss_type", "huber"], {}),
+        ([*CACHED, "--caption_variants", "4"], {"enable_wildcard": True}),
+        (["--masked_loss", "--masked_loss_normalize", "--unmasked_weight", "0.1"], {"alpha_mask": True}),
+        (["--regularisation_weight", "0.5"], {"is_regularisation_data": True}),
+        (["--vae_cache_disable"], {"random_crop": True, "color_aug": True}),
     ],
 )
 def test_what_fits_together(argv, subset):
@@ -85,6 +99,16 @@ def test_what_fits_together(argv, subset):
 def test_validation_with_held_out_pictures():
     argv = ("--validate_every_n_steps", "10", "--max_validation_steps", "3", "--validation_seed", "1")
     assert run_config(*argv, datasets=(dataset(), dataset(validation_split=0.1))).problems() == []
+    assert run_config(*argv, datasets=(dataset(), dataset(role="validation"))).problems() == []
+
+
+def test_a_full_fine_tune_has_no_teacher():
+    argv = ("--learning_rate", "1e-5")
+    problems = run_config(*argv, network=False, datasets=(dataset(is_regularisation_data=True),)).problems()
+    assert problems == [
+        "datasets[0].subsets[0] (cats): is_regularisation_data needs an adapter to switch off; a full fine-tune has "
+        "none"
+    ]
 
 
 def test_typed_epochs_win_over_the_files_steps(tmp_path):
