@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def seed_for(*parts: int | str) -> int:
     """This maps any sequence of numbers and names to a 63-bit seed; different sequences give unrelated seeds."""
     encoded = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(encoded.encode(), digest_size=8).digest(), "big") >> 1
+    # names of files that aren't valid UTF-8 arrive with surrogates
+    digest = hashlib.blake2b(encoded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def python_random(*parts: int | str) -> random.Random:

@@ -1,11 +1,17 @@
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.s3_server import s3_bucket, s3_environment, s3_server  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "data" / "photos"
@@ -80,6 +86,34 @@ class Trainer:
         finally:
             logging.getLogger().handlers.clear()
 
+    def launch(self, processes: int, output: str, **options) -> None:
+        """Train in so many processes on gloo."""
+        environment = {
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        command += ["sd3_train_network.py", *self.arguments(output, **options)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def with_run(self, output: str, act: Callable[[Any], Any], **options) -> Any:
+        """What ``act`` makes of the run that is set up with these options; nothing is trained."""
+        from library.training import setup
+
+        made = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setup, "train", lambda run: made.append(act(run)))
+            assert self(output, **options) == 0
+        return made[0]
+
+    def log(self, output: str) -> list[dict]:
+        """The lines of the log."""
+        lines = (self.folder / output / "run-log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
     def weights(self, output: str, stem: str = "run") -> dict:
         """The tensors of a saved adapter."""
         from safetensors.torch import load_file
@@ -88,9 +122,7 @@ class Trainer:
 
     def losses(self, output: str) -> dict[int, float]:
         """Optimizer step -> loss, from the log."""
-        lines = (self.folder / output / "run-log.jsonl").read_text().splitlines()
-        entries = [json.loads(line) for line in lines]
-        return {entry["step"]: entry["loss/current"] for entry in entries if "loss/current" in entry}
+        return {entry["step"]: entry["loss/current"] for entry in self.log(output) if "loss/current" in entry}
 
 
 @pytest.fixture

@@ -7,17 +7,29 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from library.config.dataset import SubsetConfig
+from library.randomness import python_random
 
-_WILDCARD = re.compile(r"(?P<open>\{\{)|(?P<close>\}\})|\{(?P<choices>[^{}]+)\}")
+_WILDCARD = re.compile(r"(?P<open>\{\{)|(?P<close>\}\})|\{(?P<choices>(?:[^{}]|\{\{[^{}]*\}\})+)\}")
 _JOINED = ", "
 _MOST_POSSIBLE = 10_000
+_AFTER_WARM_UP = sys.maxsize
 
 
 def caption_for_visit(
-    captions: Sequence[str], subset: SubsetConfig, rng: random.Random, *, epoch: int, step: int, max_steps: int
+    captions: Sequence[str],
+    subset: SubsetConfig,
+    rng: random.Random,
+    *,
+    epoch: int,
+    step: int,
+    max_steps: int,
+    variants: int | None = None,
+    visit: int = 0,
 ) -> tuple[str, bool]:
     """This makes the caption of one visit.
 
@@ -28,49 +40,110 @@ def caption_for_visit(
         epoch: Counted from 0; ``caption_dropout_every_n_epochs`` counts the first one as 1, as people do.
         step: Optimizer step, counted from 0; for the warm-up of tags.
         max_steps: Optimizer steps of the run; for a warm-up that is given as a fraction of them.
+        variants: How many versions of each caption there are, as ``caption_versions`` lists them: the visits take them
+            in turn, and ``rng`` decides dropout alone. None: each visit makes its own.
+        visit: Which use of the sample it is; it chooses among the versions.
 
     Returns:
         The caption, and whether dropout struck: then the caption is empty.
     """
-    dropout, line, wildcard, shuffle, tag_dropout = (random.Random(rng.getrandbits(64)) for _ in range(5))
+    stages = _Stages.of(rng)
     every = subset.caption_dropout_every_n_epochs
-    if dropout.random() < subset.caption_dropout_rate or (every > 0 and (epoch + 1) % every == 0):
+    if (every > 0 and (epoch + 1) % every == 0) or random.Random(stages.dropout).random() < subset.caption_dropout_rate:
         return "", True
-    chosen = line.choice(captions) if subset.enable_wildcard else captions[0]
-    caption = _surrounded(chosen, subset)
-    if subset.enable_wildcard:
-        caption = _WILDCARD.sub(lambda match: _replacement(match, wildcard), caption)
-    if _changes_tags(subset) or _is_marked(caption, subset):
-        head, tags, tail = _split(caption, subset)
-        tags = tags[: _tags_in_use(len(tags), subset, step, max_steps)]
-        if subset.shuffle_caption:
-            shuffle.shuffle(tags)
-        tags = [tag for tag in tags if tag_dropout.random() >= subset.caption_tag_dropout_rate]
-        caption = _JOINED.join(head + tags + tail)
-    return _with_secondary(caption, subset), False
+    if variants is not None:
+        return _version(captions, subset, visit % variants), False
+    return _made(captions, subset, stages, step, max_steps), False
 
 
-def possible_captions(captions: Sequence[str], subset: SubsetConfig) -> tuple[str, ...] | None:
-    """Every caption that ``caption_for_visit`` can make, in order, dropout's empty one apart.
+def caption_versions(captions: Sequence[str], subset: SubsetConfig, variants: int | None) -> tuple[str, ...]:
+    """This lists the captions that visits can have, each once and in a stable order; dropout's empty one apart.
 
-    Returns:
-        None when there are too many to list: tags are shuffled or left out, or wildcards multiply.
+    Args:
+        captions: The lines of the caption file that may be used.
+        subset: What to do with them.
+        variants: As for ``caption_for_visit``: the captions are those of its versions. None: every line with every
+            choice of its wildcards, of very many the first ones.
+
+    Raises:
+        ValueError: Tags are shuffled or left out at random, and there are no variants: nobody can list those captions.
     """
+    if variants is not None and _is_random(captions, subset):
+        return tuple(dict.fromkeys(_version(captions, subset, number) for number in range(variants)))
     if _changes_tags(subset):
-        return None
-    possible: dict[str, None] = {}
-    for line in captions if subset.enable_wildcard else captions[:1]:
-        caption = _surrounded(line, subset)
-        pieces = _pieces(caption) if subset.enable_wildcard else [(caption,)]
-        if math.prod(map(len, pieces)) + len(possible) > _MOST_POSSIBLE:
-            return None
-        for choice in itertools.product(*pieces):
-            expanded = "".join(choice)
-            if _is_marked(expanded, subset):
-                head, tags, tail = _split(expanded, subset)
-                expanded = _JOINED.join(head + tags + tail)
-            possible[_with_secondary(expanded, subset)] = None
-    return tuple(possible)
+        raise ValueError("captions whose tags change at every visit can't be listed without a number of variants")
+    possible = itertools.islice(_possible(captions, subset), _MOST_POSSIBLE)
+    return tuple(dict.fromkeys(_tags_in_order(caption, subset) for caption in possible))
+
+
+class _Stages(NamedTuple):
+    """A seed for each thing that is left to chance."""
+
+    dropout: int
+    line: int
+    wildcard: int
+    shuffle: int
+    tag_dropout: int
+
+    @classmethod
+    def of(cls, rng: random.Random) -> "_Stages":
+        return cls(*(rng.getrandbits(64) for _ in cls._fields))
+
+
+def _version(captions: Sequence[str], subset: SubsetConfig, number: int) -> str:
+    # Of the caption alone, not of run or picture: other runs find it, and more variants keep the ones there are.
+    stages = _Stages.of(python_random("caption variant", *captions, number))
+    return _made(captions, subset, stages, step=_AFTER_WARM_UP, max_steps=0)
+
+
+def _made(captions: Sequence[str], subset: SubsetConfig, stages: _Stages, step: int, max_steps: int) -> str:
+    """The caption without dropout."""
+    if not subset.enable_wildcard:
+        caption = _surrounded(captions[0], subset)
+    else:
+        caption = _surrounded(random.Random(stages.line).choice(captions), subset)
+        wildcard = random.Random(stages.wildcard)
+        caption = _WILDCARD.sub(lambda match: wildcard.choice(_choices(match)), caption)
+    if not _changes_tags(subset):
+        return _tags_in_order(caption, subset)
+    head, tags, tail = _split(caption, subset)
+    tags = tags[: _tags_in_use(len(tags), subset, step, max_steps)]
+    if subset.shuffle_caption:
+        random.Random(stages.shuffle).shuffle(tags)
+    if subset.caption_tag_dropout_rate > 0:
+        dropout = random.Random(stages.tag_dropout)
+        tags = [tag for tag in tags if dropout.random() >= subset.caption_tag_dropout_rate]
+    return _with_secondary(_JOINED.join(head + tags + tail), subset)
+
+
+def _is_random(captions: Sequence[str], subset: SubsetConfig) -> bool:
+    return _changes_tags(subset) or len(list(itertools.islice(_possible(captions, subset), 2))) > 1
+
+
+def _possible(captions: Sequence[str], subset: SubsetConfig) -> Iterator[str]:
+    """The caption; with wildcards on, every line with every choice of them."""
+    if not subset.enable_wildcard:
+        yield _surrounded(captions[0], subset)
+        return
+    for line in captions:
+        for pieces in itertools.product(*_pieces(_surrounded(line, subset))):
+            yield "".join(pieces)
+
+
+def _pieces(caption: str) -> Iterator[Sequence[str]]:
+    """The caption in parts, each with its alternatives."""
+    end = 0
+    for match in _WILDCARD.finditer(caption):
+        yield (caption[end : match.start()],)
+        yield _choices(match)
+        end = match.end()
+    yield (caption[end:],)
+
+
+def _choices(match: re.Match[str]) -> Sequence[str]:
+    if match["choices"] is None:
+        return ("{",) if match["open"] else ("}",)
+    return [choice.replace("{{", "{").replace("}}", "}") for choice in match["choices"].split("|")]
 
 
 def _surrounded(caption: str, subset: SubsetConfig) -> str:
@@ -79,24 +152,12 @@ def _surrounded(caption: str, subset: SubsetConfig) -> str:
     return f"{caption} {subset.caption_suffix}" if subset.caption_suffix else caption
 
 
-def _replacement(match: re.Match[str], rng: random.Random) -> str:
-    return rng.choice(_choices(match))
-
-
-def _choices(match: re.Match[str]) -> tuple[str, ...]:
-    if match["choices"] is None:
-        return ("{",) if match["open"] else ("}",)
-    return tuple(match["choices"].split("|"))
-
-
-def _pieces(caption: str) -> list[tuple[str, ...]]:
-    """The caption in parts, each with its alternatives."""
-    pieces: list[tuple[str, ...]] = []
-    end = 0
-    for match in _WILDCARD.finditer(caption):
-        pieces += [(caption[end : match.start()],), _choices(match)]
-        end = match.end()
-    return [*pieces, (caption[end:],)]
+def _tags_in_order(caption: str, subset: SubsetConfig) -> str:
+    """The caption as it is where nothing happens to its tags; marks are taken out all the same."""
+    if _is_marked(caption, subset):
+        head, tags, tail = _split(caption, subset)
+        caption = _JOINED.join(head + tags + tail)
+    return _with_secondary(caption, subset)
 
 
 def _changes_tags(subset: SubsetConfig) -> bool:

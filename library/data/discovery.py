@@ -1,19 +1,30 @@
-"""Folders of pictures and caption files -> samples, for training and for validation."""
+"""The datasets' folders and files -> samples, for training and for validation.
 
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+Which pictures there are is found by ``picture_lists``, their captions by ``caption_sources``, their masks by
+``mask_pairs``; ``selection`` decides what they are used for.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-from library.config.dataset import DatasetConfig, SubsetConfig
-from library.config.errors import ConfigError
+from library.config.dataset import DatasetConfig
+from library.data.caption_sources import read_captions
+from library.data.duplicates import Groups, look_alikes, same_content
+from library.data.exclusions import leave_out, report_unreadable, with_masks
 from library.data.file_index import FileFacts, FileIndex
-from library.data.selection import counted, for_training, hold_out
+from library.data.findings import Findings, Skipped, counted
+from library.data.folders import Folders
+from library.data.listings import Listing
+from library.data.mask_pairs import check_shapes, pair_masks
+from library.data.picture_lists import list_pictures
+from library.data.selection import for_training, hold_out
+from library.io.garbage import paused_collection
+from library.io.places import FileEntry
 from library.records import Sample
 
-PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-_MOST_NAMED = 5
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -23,13 +34,17 @@ class Discovery:
     Attributes:
         samples: What is trained on, by dataset, subset and file name.
         validation: What the loss is measured on; no content is in both.
-        contents: File path -> content hash, for all samples.
+        skipped: Pictures that were found and are left out: for their size or shape, or because they can't be read.
+        duplicates: Groups of files of one dataset with the same content.
+        near_duplicates: Groups of files of one dataset that look nearly the same; empty unless asked for.
         notes: Facts for the start-up report, one line each.
     """
 
     samples: tuple[Sample, ...]
     validation: tuple[Sample, ...]
-    contents: Mapping[str, str]
+    skipped: tuple[Skipped, ...]
+    duplicates: Groups
+    near_duplicates: Groups
     notes: tuple[str, ...]
 
 
@@ -39,160 +54,139 @@ def discover(
     *,
     skip_bad_images: bool = False,
     validation_seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    decode: bool = False,
+    near_duplicates: bool = False,
+    progress: Progress | None = None,
 ) -> Discovery:
-    """This finds the pictures and captions of all datasets, and looks into each picture once.
+    """This finds the pictures, captions and masks of all datasets, and reads each file once.
 
     Args:
         datasets: Where to look.
-        index: Remembers what is known about files; without one, every picture is read anew.
+        index: Remembers what is known about files; without one, every file is read anew.
         skip_bad_images: Leave out pictures that can't be read, with a note, instead of stopping.
         validation_seed: Of the choice of validation pictures, for datasets that name no seed of their own.
+        decode: Decode every picture completely, to be sure that it can be; else only its header is looked at.
+        near_duplicates: Look for pictures that look nearly the same.
         progress: Is told how many of how many new files have been read.
 
     Raises:
-        ConfigError: All that is wrong with the folders, captions and pictures, one line each.
+        ConfigError: All that is wrong with the folders, captions, pictures and masks, one line each.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    listed = [
-        (number, position, subset, _pictures(subset.image_dir, problems))
-        for number, dataset in enumerate(datasets)
-        for position, subset in enumerate(dataset.subsets)
-    ]
-    paths = [os.path.join(subset.image_dir, name) for _, _, subset, names in listed for name in names]
-    facts = (index or FileIndex(None)).facts(paths, progress)
-    _report_bad(facts, notes if skip_bad_images else problems, skipped=skip_bad_images)
-    found: list[Sample] = []
-    for number, position, subset, names in listed:
-        usable = [name for name in names if facts[os.path.join(subset.image_dir, name)].problem is None]
-        if names and not usable and skip_bad_images:
-            problems.append(f"{subset.image_dir}: no picture can be read")
-        found += _samples_of(number, position, subset, usable, facts, problems, notes)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    contents = {path: fact.content for path, fact in facts.items()}
-    validation = hold_out(datasets, found, contents, validation_seed, notes)
-    training = for_training(datasets, found, validation, contents, notes)
-    if not training:
-        raise ConfigError("validation_split leaves no picture to train on; lower it")
-    return Discovery(tuple(training), tuple(validation), contents, tuple(notes))
+    index = index or FileIndex(None)
+    findings = Findings()
+    folders = Folders(findings)
+    with paused_collection():
+        listings = list_pictures(datasets, folders, findings, skip_missing=skip_bad_images)
+        listed = [_by_stem(listing) for listing in listings]
+    facts = _picture_facts(listings, index, decode=decode, near=near_duplicates, progress=progress)
+    report_unreadable("picture", facts, findings, skipped=skip_bad_images)
+    for listing in listings:
+        leave_out(listing, facts, findings, skip_bad=skip_bad_images)
+    masks = [pair_masks(listing, names, folders, findings) for listing, names in zip(listings, listed)]
+    mask_facts = _mask_facts(masks, index, decode=decode, progress=progress)
+    report_unreadable("mask", mask_facts, findings, skipped=skip_bad_images)
+    for number, listing in enumerate(listings):
+        masks[number] = with_masks(listing, masks[number], mask_facts, findings, skip_bad=skip_bad_images)
+        check_shapes(listing, masks[number], facts, mask_facts, findings)
+    with paused_collection():
+        captions = read_captions(listings, index, findings)
+        findings.stop_at_problems()
+        found: list[Sample] = []
+        for listing, lines, own in zip(listings, captions, masks):
+            found += _samples(listing, lines, own, facts, mask_facts, findings)
+        findings.notes += _used_twice(found)
+        validation = hold_out(datasets, found, validation_seed, findings)
+        training = for_training(datasets, found, validation, findings)
+        findings.stop_at_problems()
+        hashes = {fact.content: fact.near for fact in facts.values() if near_duplicates and fact.near is not None}
+        return Discovery(
+            samples=tuple(training),
+            validation=tuple(validation),
+            skipped=tuple(findings.skipped),
+            duplicates=same_content(found),
+            near_duplicates=look_alikes(found, hashes) if near_duplicates else (),
+            notes=tuple(dict.fromkeys(findings.notes)),
+        )
 
 
-def _pictures(folder: str, problems: list[str]) -> list[str]:
-    """The names of the pictures in a folder, sorted."""
-    try:
-        with os.scandir(folder) as entries:
-            # names that begin with a dot are other programs' notes, such as ._cat.jpg of macOS
-            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        problems.append(f"{folder}: can't be read ({error.strerror})")
-        return []
-    names = sorted(name for name, is_folder in found if not is_folder and name.lower().endswith(PICTURE_EXTENSIONS))
-    if not names:
-        kinds = " ".join(extension[1:] for extension in PICTURE_EXTENSIONS)
-        hint = "; its sub-folders are not read" if any(is_folder for _, is_folder in found) else ""
-        problems.append(f"{folder}: no pictures ({kinds}) in this folder{hint}")
+def _used_twice(samples: Sequence[Sample]) -> Iterator[str]:
+    """A line for each dataset of which several subsets have the same files."""
+    for number, part in itertools.groupby(samples, key=attrgetter("dataset")):
+        own = list(part)
+        if own[0].subset != own[-1].subset and (more := len(own) - len({sample.path for sample in own})):
+            yield f"datasets[{number}]: {counted(more, 'picture')} used again, in another of its subsets"
+
+
+def _by_stem(listing: Listing) -> dict[str, list[str]]:
+    """The names of the pictures by their stems, for subsets with masks, whose names are compared with them."""
+    names: dict[str, list[str]] = {}
+    if listing.subset.conditioning_data_dir is not None:
+        for stem, picture in zip(listing.stems(), listing.pictures):
+            names.setdefault(stem, []).append(picture.name)
     return names
 
 
-def _report_bad(facts: Mapping[str, FileFacts], lines: list[str], *, skipped: bool) -> None:
-    bad = {path: fact.problem for path, fact in facts.items() if fact.problem is not None}
-    if not bad:
-        return
-    if skipped:
-        lines.append(f"{counted(len(bad), 'picture')} left out that can't be read (--skip_bad_images):")
-    else:
-        lines.append(
-            f"{counted(len(bad), 'picture')} can't be read; repair or remove, or start with --skip_bad_images:"
-        )
-    lines += [f"{path}: {problem}" for path, problem in bad.items()]
+def _picture_facts(
+    listings: Sequence[Listing], index: FileIndex, *, decode: bool, near: bool, progress: Progress | None
+) -> dict[str, FileFacts]:
+    """What is known about each picture, by path; faces are looked for only where crops go around them."""
+    plain: dict[str, FileEntry] = {}
+    with_faces: dict[str, FileEntry] = {}
+    for listing in listings:
+        entries = with_faces if listing.wants_faces else plain
+        entries.update((picture.path, picture) for picture in listing.pictures)
+    facts: dict[str, FileFacts] = {}
+    if not with_faces.keys().isdisjoint(plain):
+        plain = {path: entry for path, entry in plain.items() if path not in with_faces}
+    for entries, faces in ((plain, False), (with_faces, True)):
+        if entries:
+            own = index.facts(list(entries.values()), decode=decode, faces=faces, near=near, progress=progress)
+            facts.update(zip(entries, own))
+    return facts
 
 
-def _samples_of(
-    number: int,
-    position: int,
-    subset: SubsetConfig,
-    names: Sequence[str],
+def _mask_facts(
+    masks: Sequence[Sequence[FileEntry]], index: FileIndex, *, decode: bool, progress: Progress | None
+) -> dict[str, FileFacts]:
+    entries = {mask.path: mask for own in masks for mask in own}
+    return dict(zip(entries, index.facts(list(entries.values()), decode=decode, progress=progress))) if entries else {}
+
+
+def _samples(
+    listing: Listing,
+    captions: Sequence[tuple[str, ...]],
+    masks: Sequence[FileEntry],
     facts: Mapping[str, FileFacts],
-    problems: list[str],
-    notes: list[str],
+    mask_facts: Mapping[str, FileFacts],
+    findings: Findings,
 ) -> list[Sample]:
-    samples: list[Sample] = []
-    missing: list[str] = []
-    kinds: Counter[str] = Counter()
-    for name in names:
-        path = os.path.join(subset.image_dir, name)
-        try:
-            lines = _caption_lines(path, subset.caption_extension, kinds)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        if lines is None:
-            missing.append(name)
-            lines = [subset.class_tokens or ""]
+    """The samples of one subset."""
+    number, position, subset = listing.number, listing.position, listing.subset
+    prefix, wants_faces = f"{number}/{position}/", listing.wants_faces
+    repeats, is_reg = subset.num_repeats, subset.is_reg
+    samples = []
+    for row, (picture, lines) in enumerate(zip(listing.pictures, captions)):
+        path = picture.path
+        fact = facts[path]
+        mask = masks[row].path if masks else None
         samples.append(
             Sample(
-                key=f"{number}/{position}/{name}",
+                key=prefix + picture.name,
                 path=path,
-                captions=tuple(lines if subset.enable_wildcard else lines[:1]),
-                size=facts[path].size,
+                content=fact.content,
+                captions=lines,
+                size=fact.size,
                 dataset=number,
                 subset=position,
-                num_repeats=subset.num_repeats,
-                is_reg=subset.is_reg,
+                num_repeats=repeats,
+                is_reg=is_reg,
+                mask=mask,
+                mask_content=mask_facts[mask].content if mask is not None else "",
+                focus=fact.face if wants_faces else None,
             )
         )
-    if missing and subset.class_tokens is None:
-        problems.append(
-            f"{subset.image_dir}: no caption ({subset.caption_extension}) and no class_tokens for {len(missing)} of "
-            f"{counted(len(names), 'picture')}: {_listed(missing)}. Write captions, or set class_tokens"
+    if wants_faces and (faceless := sum(sample.focus is None for sample in samples)):
+        findings.notes.append(
+            f"{subset.title}: no face in {faceless} of {counted(len(samples), 'picture')}, cropped in the middle"
         )
-    notes += _caption_notes(subset, len(missing), kinds)
     return samples
-
-
-def _caption_lines(path: str, extension: str, kinds: Counter[str]) -> list[str] | None:
-    """The lines of a picture's caption file that say something (``[""]`` when none does); None without a file."""
-    stem = os.path.splitext(path)[0]
-    for candidate in (extension, ".caption") if extension == ".txt" else (extension,):
-        file = stem + candidate
-        try:
-            with open(file, "rb") as opened:
-                text = opened.read().decode("utf-8-sig")
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise OSError(f"{file}: can't be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: byte {error.start + 1} is not UTF-8; save the caption as UTF-8") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        kinds["fallback"] += candidate != extension
-        kinds["empty"] += not lines
-        kinds["many"] += len(lines) > 1
-        return lines or [""]
-    return None
-
-
-def _caption_notes(subset: SubsetConfig, missing: int, kinds: Counter[str]) -> list[str]:
-    folder = subset.image_dir
-    notes = []
-    if missing and subset.class_tokens is not None:
-        notes.append(f"{folder}: {counted(missing, 'picture')} without a caption file, using {subset.class_tokens!r}")
-    if kinds["fallback"]:
-        notes.append(f"{folder}: {counted(kinds['fallback'], 'caption')} read from .caption instead of .txt")
-    if kinds["empty"]:
-        notes.append(f"{folder}: {counted(kinds['empty'], 'caption file')} without text, used as an empty caption")
-    if kinds["many"] and not subset.enable_wildcard:
-        notes.append(
-            f"{folder}: {counted(kinds['many'], 'caption file')} with several lines, of which the first is used "
-            "(enable_wildcard uses all)"
-        )
-    return notes
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first few names."""
-    names = list(names)
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

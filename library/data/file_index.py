@@ -1,52 +1,70 @@
-"""What is known about picture files: content hash, size, and whether they decode. Each file is read once.
+"""What is known about picture and caption files: each is read once, and again when it changes.
 
-A file is recognised by its path, byte count and modification time. What was found is kept in SQLite, where several
-processes may look and write at the same time and any of them may be killed.
+A file is recognised by its folder, name, byte count and version (see ``io.places``). What was found is kept in SQLite,
+where several processes may look and write at the same time and any of them may be killed.
 """
 
-import contextlib
 import hashlib
 import os
-import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from library.config.errors import ConfigError
+from library.config.urls import is_remote
+from library.data.index_database import IndexDatabase, name_id, transaction
+from library.data.picture_facts import Face, Known, Wanted, decoder, face_in_name, look_at
+from library.data.remembered_files import RememberedFiles
+from library.io.garbage import paused_collection
+from library.io.places import FileEntry, read_bytes
 from library.records import Resolution
 
 _BATCH = 256
+_MOST_THREADS = 8
+_REMOTE_THREADS = 32
+"""A read from far away is mostly waiting."""
+
 _SETTLED_NS = 2_000_000_000
 """A file changed this recently may change again within the same tick of its file system's clock."""
 
-_BUSY_SECONDS = 60.0
-_TABLE = """CREATE TABLE IF NOT EXISTS files (
-    path TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, content TEXT, width INTEGER, height INTEGER
-) WITHOUT ROWID"""
+Progress = Callable[[int, int], None]
+_Seen = TypeVar("_Seen")
 
 
-@dataclass(frozen=True, slots=True)
-class FileFacts:
+class FileFacts(NamedTuple):
     """What is known about one picture file.
 
     Attributes:
         content: Hash of the file's bytes; empty when it can't be read.
-        size: The picture's size, its orientation applied; 0x0 when it can't be decoded.
+        size: The picture's size, its orientation applied; 0x0 when it has none.
         problem: Why the picture can't be used, or None.
+        face: Where a face is, when faces were asked for and there is one.
+        near: A hash that look-alikes nearly share (64 bits), when it was asked for.
     """
 
     content: str
     size: Resolution
     problem: str | None = None
+    face: Face | None = None
+    near: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextProblem:
+    """Why a text file can't be used; ``str()`` gives the reason."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class FileIndex:
-    """Facts about picture files, remembered in a database file or, without one, as long as the index lives.
+    """Facts about files, remembered in a database file or, without one, as long as the index lives.
 
-    Only pictures that decode are remembered; the others are looked at again each time.
+    Only files without a problem are remembered; the others are looked at again each time.
     """
 
     def __init__(self, path: str | Path | None, *, threads: int | None = None):
@@ -54,102 +72,185 @@ class FileIndex:
 
         Args:
             path: The database, created when it is missing; None keeps the facts in memory.
-            threads: How many files are read at a time; by default one per CPU core, at most 8.
+            threads: How many local files are read at a time; by default one per CPU core, at most 8.
         """
-        self._path = None if path is None else Path(path)
-        self._threads = threads or min(8, os.cpu_count() or 1)
-        self._memory: dict[tuple[str, int, int], FileFacts] = {}
+        self._database = IndexDatabase(None if path is None else Path(path))
+        self._threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
 
-    def facts(self, paths: Iterable[str], progress: Callable[[int, int], None] | None = None) -> dict[str, FileFacts]:
-        """This looks the files up, and reads those that are new or changed.
+    def facts(
+        self,
+        entries: Sequence[FileEntry],
+        *,
+        decode: bool = False,
+        faces: bool = False,
+        near: bool = False,
+        progress: Progress | None = None,
+    ) -> list[FileFacts]:
+        """This looks picture files up, and reads those that are new or changed.
 
         Args:
-            paths: Picture files.
+            entries: Picture files, as they were listed.
+            decode: Decode each picture completely once, and not only look at its header and its end.
+            faces: Say where a face is: as the file's name has it, else as it is found in the picture.
+            near: Compute the hashes by which look-alikes are found.
             progress: Is told how many of how many files have been read, when any must be.
 
         Returns:
-            The facts of each path.
+            The facts of each entry.
+
+        Raises:
+            ConfigError: The database can't be used, or the package that finds faces is missing.
         """
-        found: dict[str, FileFacts] = {}
-        unknown: list[tuple[str, os.stat_result]] = []
-        with self._database() as database:
-            for path in dict.fromkeys(paths):
-                try:
-                    status = os.stat(path)
-                except OSError as error:
-                    found[path] = FileFacts("", Resolution(0, 0), error.strerror or str(error))
-                    continue
-                known = self._look_up(database, path, status)
-                if known is None:
-                    unknown.append((path, status))
-                else:
-                    found[path] = known
-        with ThreadPoolExecutor(self._threads) as pool:
-            for start in range(0, len(unknown), _BATCH):
-                part = unknown[start : start + _BATCH]
-                facts = list(pool.map(lambda entry: read_facts(entry[0]), part))
-                found |= {path: fact for (path, _), fact in zip(part, facts)}
-                self._remember(part, facts)
+        wanted = Wanted(decode, faces, near)
+        problems: dict[int, str] = {}
+        with self._database.open() as database:
+            with paused_collection():
+                files = RememberedFiles("pictures", Known._fields, entries)
+                known = {position: Known._make(row) for position, row in files.rows(database)}
+            incomplete = {
+                position
+                for position, now in (known.items() if any(wanted) else ())
+                if not wanted.met_by(now, entries[position].path)
+            }
+            unread = [
+                position
+                for position in range(len(entries))
+                if (position not in known or position in incomplete) and position not in files.copies
+            ]
+            for part, seen, settled in self._read(
+                entries, unread, lambda position: look_at(entries[position], wanted, known.get(position)), progress
+            ):
+                known.update((position, now) for position, (now, _) in zip(part, seen))
+                problems.update((position, why) for position, (_, why) in zip(part, seen) if why is not None)
+                whole = [(position, now) for position, (now, why) in zip(part, seen) if why is None]
+                files.keep(database, whole, settled_before=settled)
+            marked = database.execute("SELECT content, problem, decoder FROM bad").fetchall()
+        bad = {content: problem for content, problem, by in marked if by == decoder()}
+        return _facts_of(entries, files, known, problems, bad, wanted)
+
+    def mark_bad(self, problems: Mapping[str, str]) -> None:
+        """This remembers pictures that can't be used although nothing was found when they were looked at.
+
+        It holds for all files of that content, and until the package that decodes pictures is another version.
+
+        Args:
+            problems: Content -> why.
+        """
+        with self._database.open() as database, transaction(database):
+            database.executemany(
+                "INSERT OR REPLACE INTO bad (content, problem, decoder) VALUES (?, ?, ?)",
+                [(content, problem, decoder()) for content, problem in problems.items()],
+            )
+
+    def texts(self, entries: Sequence[FileEntry]) -> list[str | TextProblem]:
+        """The whole text of each file, or why there is none.
+
+        Args:
+            entries: Text files, as they were listed.
+
+        Raises:
+            ConfigError: The database can't be used.
+        """
+        texts: dict[int, str | TextProblem] = {}
+        with self._database.open() as database:
+            with paused_collection():
+                files = RememberedFiles("texts", ("text",), entries)
+                texts.update((position, text) for position, (text,) in files.rows(database))
+            unread = [
+                position for position in range(len(entries)) if position not in texts and position not in files.copies
+            ]
+            for part, seen, settled in self._read(entries, unread, lambda position: _text_of(entries[position]), None):
+                texts.update(zip(part, seen))
+                whole = [(position, (text,)) for position, text in zip(part, seen) if isinstance(text, str)]
+                files.keep(database, whole, settled_before=settled)
+        return [texts[files.copies.get(position, position)] for position in range(len(entries))]
+
+    def kept(self, identity: str, captions: Sequence[str]) -> list[int | None]:
+        """How many characters of each caption a tokenizer's window keeps; None where it isn't remembered.
+
+        Args:
+            identity: Names the tokenizer and its window.
+            captions: The captions.
+
+        Raises:
+            ConfigError: The database can't be used.
+        """
+        with self._database.open() as database:
+            query = "SELECT caption, characters FROM kept WHERE tokenizer = ?"
+            remembered = dict(database.execute(query, (name_id(database, identity),)))
+        return [remembered.get(_digest(caption)) for caption in captions] if remembered else [None] * len(captions)
+
+    def remember_kept(self, identity: str, captions: Sequence[str], kept: Sequence[int]) -> None:
+        """This remembers how many characters of each caption a tokenizer's window keeps.
+
+        Args:
+            identity: Names the tokenizer and its window.
+            captions: The captions.
+            kept: The number for each of them.
+
+        Raises:
+            ConfigError: The database can't be used.
+        """
+        with self._database.open() as database, transaction(database):
+            number = name_id(database, identity, add=True)
+            rows = ((number, _digest(caption), count) for caption, count in zip(captions, kept))
+            database.executemany("INSERT OR REPLACE INTO kept (tokenizer, caption, characters) VALUES (?, ?, ?)", rows)
+
+    def _read(
+        self,
+        entries: Sequence[FileEntry],
+        positions: Sequence[int],
+        look: Callable[[int], _Seen],
+        progress: Progress | None,
+    ) -> Iterator[tuple[Sequence[int], list[_Seen], int]]:
+        """This looks at files in batches: their positions, what was seen, and from when on a change isn't settled."""
+        if not positions:
+            return
+        remote = any(is_remote(entries[position].path) for position in positions)
+        threads = _REMOTE_THREADS if remote else self._threads
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(positions), _BATCH):
+                settled = time.time_ns() - _SETTLED_NS
+                part = positions[start : start + _BATCH]
+                share = -(-len(part) // (4 * threads))
+                shares = [part[begin : begin + share] for begin in range(0, len(part), share)]
+                seen = pool.map(lambda share: [look(position) for position in share], shares)
+                yield part, [one for some in seen for one in some], settled
                 if progress is not None:
-                    progress(start + len(part), len(unknown))
-        return found
-
-    def _look_up(self, database: sqlite3.Connection | None, path: str, status: os.stat_result) -> FileFacts | None:
-        key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
-        if database is None:
-            return self._memory.get(key)
-        query = "SELECT content, width, height FROM files WHERE path = ? AND bytes = ? AND mtime_ns = ?"
-        row = database.execute(query, key).fetchone()
-        return None if row is None else FileFacts(row[0], Resolution(row[1], row[2]))
-
-    def _remember(self, entries: Sequence[tuple[str, os.stat_result]], facts: Sequence[FileFacts]) -> None:
-        newest = time.time_ns() - _SETTLED_NS
-        rows = [
-            (os.path.abspath(path), status.st_size, status.st_mtime_ns, fact.content, *fact.size)
-            for (path, status), fact in zip(entries, facts)
-            if fact.problem is None and status.st_mtime_ns < newest
-        ]
-        if self._path is None:
-            self._memory |= {row[:3]: FileFacts(row[3], Resolution(*row[4:])) for row in rows}
-            return
-        with self._database() as database:
-            assert database is not None
-            database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
-
-    @contextlib.contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection | None]:
-        """The database inside one transaction; None for an index in memory."""
-        if self._path is None:
-            yield None
-            return
-        try:
-            with contextlib.closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-                database.execute("PRAGMA synchronous=NORMAL")
-                with database:
-                    database.execute(_TABLE)
-                    yield database
-        except sqlite3.Error as error:
-            raise ConfigError(
-                f"{self._path}: can't be used as the index of pictures ({error}); delete it, it will be made anew"
-            ) from error
+                    progress(start + len(part), len(positions))
 
 
-def read_facts(path: str) -> FileFacts:
-    """This reads and decodes one picture file completely."""
-    from library.data.images import open_picture  # Pillow is loaded only when a file must be read
+@paused_collection()
+def _facts_of(
+    entries: Sequence[FileEntry],
+    files: RememberedFiles,
+    known: Mapping[int, Known],
+    problems: Mapping[int, str],
+    bad: Mapping[str, str],
+    wanted: Wanted,
+) -> list[FileFacts]:
+    """What was asked for, of what is known; few sizes are shared by many pictures."""
+    facts = []
+    sizes: dict[tuple[int, int], Resolution] = {}
+    for position, entry in enumerate(entries):
+        first = files.copies.get(position, position)
+        now = known[first]
+        shape = now.width, now.height
+        size = sizes.get(shape) or sizes.setdefault(shape, Resolution(*shape))
+        problem = problems.get(first) or bad.get(now.content)
+        face = face_in_name(entry.path) or now.face_box() if wanted.faces else None
+        facts.append(FileFacts(now.content, size, problem, face, now.near_hash() if wanted.near else None))
+    return facts
 
+
+def _text_of(entry: FileEntry) -> str | TextProblem:
     try:
-        data = Path(path).read_bytes()
+        return read_bytes(entry.path).decode("utf-8-sig")
     except OSError as error:
-        return FileFacts("", Resolution(0, 0), error.strerror or str(error))
-    content = hashlib.blake2b(data, digest_size=20).hexdigest()
-    if not data:
-        return FileFacts(content, Resolution(0, 0), "the file is empty")
-    try:
-        picture = open_picture(BytesIO(data))
-    except OSError as error:
-        unknown = "cannot identify" in str(error)
-        reason = "not a picture, or of an unknown kind" if unknown else " ".join(str(error).split())
-        return FileFacts(content, Resolution(0, 0), reason)
-    return FileFacts(content, Resolution(*picture.size))
+        return TextProblem(f"can't be read ({error.strerror or error})")
+    except UnicodeDecodeError as error:
+        return TextProblem(f"byte {error.start + 1} is not UTF-8; save the caption as UTF-8")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,29 +1,33 @@
-"""Shards: ordinary safetensors files that hold many entries. A tensor is called ``<key of the entry>/<its name>``."""
+"""Shards: ordinary safetensors files that hold many entries. A tensor is called ``<key of the entry>/<its name>``.
 
-import contextlib
-import itertools
+Their metadata have a checksum per entry, ``crc32/<key of the entry>``, over the key, the tensors' names, types and
+shapes, and their bytes. Entries are copied from shard to shard with it, so it tells of damage since they were made.
+"""
+
 import json
-import os
 import re
-import threading
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from library.io.atomic import atomic_path
-from library.io.header import DTYPE_BITS, read_header
-from library.io.safetensors import save_tensors, torch_dtype
+from library.config.errors import ConfigError
+from library.io.header import DTYPE_BITS, parse_header
+from library.io.safetensors import dtype_name
 
-_METADATA = {"atelier.tensor_store": "1"}
-_SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+_FORMAT, _FORMAT_VERSION = "atelier.tensor_store", "2"
+_CHECKSUM = "crc32/"
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{32}\.safetensors\..*")
-_COPY_BYTES = 1 << 23
-_MOST_OPEN_SHARDS = 128  # systems allow a process as few as 256 open files
+
+Bytes = Any
+"""Something with the buffer protocol: bytes, a memoryview, a NumPy array."""
 
 
 class StoredTensor(NamedTuple):
@@ -43,14 +47,54 @@ class StoredTensor(NamedTuple):
     begin: int
     length: int
 
+    @property
+    def end(self) -> int:
+        """One past the last byte."""
+        return self.begin + self.length
 
-Entries = Mapping[str, Sequence[StoredTensor]]
+
+class StoredEntry(NamedTuple):
+    """One entry of a shard: its tensors in the order in which they lie, and its checksum."""
+
+    tensors: tuple[StoredTensor, ...]
+    checksum: int
+
+
+Entries = Mapping[str, StoredEntry]
 """The entries of one shard by key."""
 
 
+class NewShard(NamedTuple):
+    """A shard to be written.
+
+    Attributes:
+        name: Its file name.
+        header: The bytes that come first.
+        entries: Where its entries will lie.
+        size: Bytes of the whole file.
+    """
+
+    name: str
+    header: bytes
+    entries: Entries
+    size: int
+
+
+class UnreadableShard(ValueError):
+    """A file is no shard, is damaged, or has the format of another version; the message says which.
+
+    Attributes:
+        foreign: Whether it is an intact file of somebody else's.
+    """
+
+    def __init__(self, message: str, *, foreign: bool = False):
+        super().__init__(message)
+        self.foreign = foreign
+
+
 def is_shard(name: str) -> bool:
-    """Whether a file name is one that ``write_shard`` and ``merge_shards`` give."""
-    return _SHARD_NAME.fullmatch(name) is not None
+    """Whether a file name is one that shards get."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_unfinished(name: str) -> bool:
@@ -58,148 +102,149 @@ def is_unfinished(name: str) -> bool:
     return _UNFINISHED_NAME.fullmatch(name) is not None
 
 
-def write_shard(directory: Path, entries: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """This writes a new shard; it appears complete or not at all.
+def plan_shard(entries: Mapping[str, Mapping[str, Tensor]]) -> tuple[NewShard, list[Bytes]]:
+    """This lays out a new shard.
 
     Args:
-        directory: The folder.
-        entries: Tensors by name, by key of the entry.
+        entries: Tensors by name, by key of the entry; contiguous, on the CPU.
 
     Returns:
-        The new file.
+        The shard, and the bytes that follow its header.
     """
-    path = _new_path(directory)
-    named = {f"{key}/{name}": tensor for key, tensors in entries.items() for name, tensor in tensors.items()}
-    save_tensors(named, path, _METADATA)
-    return path
+    data = {
+        (key, name): tensor.view(-1).view(torch.uint8).numpy()
+        for key, tensors in entries.items()
+        for name, tensor in tensors.items()
+    }
+    described = {
+        key: [StoredTensor(name, dtype_name(t.dtype), tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
+        for key, tensors in entries.items()
+    }
+    checksums = {
+        key: checksum(key, tensors, (data[key, tensor.name] for tensor in by_name(tensors)))
+        for key, tensors in described.items()
+    }
+    parts = [(key, tensor) for key, tensors in described.items() for tensor in tensors]
+    # Wide types first keep every tensor aligned, which mapping a file relies on.
+    parts.sort(key=lambda part: -DTYPE_BITS[part[1].dtype])
+    return _laid_out(parts, checksums), [data[key, tensor.name] for key, tensor in parts]
 
 
-def read_entries(path: Path) -> dict[str, list[StoredTensor]]:
-    """This lists the entries of a shard from its header.
-
-    Raises:
-        ConfigError: The file is missing, truncated or not a safetensors file.
-        ValueError: The file was not written by this module.
-    """
-    header = read_header(path)
-    if dict(header.metadata) != _METADATA:
-        raise ValueError(f"{path} is not a shard of a tensor store")
-    entries: dict[str, list[StoredTensor]] = {}
-    for full_name, info in header.tensors.items():
-        key, _, name = full_name.partition("/")
-        stored = StoredTensor(name, info.dtype, info.shape, header.data_start + info.begin, info.end - info.begin)
-        entries.setdefault(key, []).append(stored)
-    return entries
-
-
-def merge_shards(directory: Path, sources: Iterable[tuple[Path, Entries]]) -> Path:
-    """This copies entries of several shards into a new one, without loading them.
+def plan_copy(sources: Sequence[Entries]) -> tuple[NewShard, list[tuple[int, int, int]]]:
+    """This lays out a shard of entries that are copied from other shards.
 
     Args:
-        directory: The folder.
-        sources: Shards, and which of their entries to copy. No key occurs twice.
+        sources: Which entries to copy from each shard. No key occurs twice.
 
     Returns:
-        The new file; the sources stay.
+        The shard, and the ranges that follow its header: the number of the source, the first byte and the length.
     """
     parts = [
-        (f"{key}/{stored.name}", stored, source)
-        for source, entries in sources
-        for key, tensors in entries.items()
-        for stored in tensors
+        (number, key, tensor)
+        for number, entries in enumerate(sources)
+        for key, entry in entries.items()
+        for tensor in entry.tensors
     ]
-    # Wide types first keep every tensor aligned; within a type, copying goes forward through each source.
-    parts.sort(key=lambda part: (-DTYPE_BITS[part[1].dtype], part[2], part[1].begin))
-    path = _new_path(directory)
-    with atomic_path(path) as temporary, open(temporary, "wb") as target:
-        target.write(_header((name, stored) for name, stored, _ in parts))
-        for source, group in itertools.groupby(parts, key=lambda part: part[2]):
-            with open(source, "rb") as file:
-                for _, stored, _ in group:
-                    _copy(file, target, stored)
-    return path
+    # Within a type, copying goes forward through each source.
+    parts.sort(key=lambda part: (-DTYPE_BITS[part[2].dtype], part[0], part[2].begin))
+    checksums = {key: entry.checksum for entries in sources for key, entry in entries.items()}
+    shard = _laid_out([(key, tensor) for _, key, tensor in parts], checksums)
+    ranges = []
+    for number, group in groupby(parts, key=lambda part: part[0]):
+        for run in adjacent([tensor for _, _, tensor in group]):
+            ranges.append((number, run[0].begin, run[-1].end - run[0].begin))
+    return shard, ranges
 
 
-class OpenShards:
-    """The shards of a folder that this process reads, held open. Calls take turns from outside, reading needn't.
+def read_entries(name: str, start: bytes, size: int) -> dict[str, StoredEntry]:
+    """This lists the entries of a shard.
 
     Args:
-        directory: The folder.
+        name: The file's name, for messages.
+        start: Its first bytes, at least ``header_length`` of them.
+        size: Its size.
+
+    Raises:
+        UnreadableShard: It is no shard, is damaged, or has the format of another version.
     """
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-        self._shards: OrderedDict[str, OpenShard] = OrderedDict()
-
-    def get(self, name: str, size: int) -> "OpenShard | None":
-        """The shard called ``name``, or None when it is gone or its size isn't ``size``."""
-        shard = self._shards.pop(name, None)
-        if shard is None:
-            try:
-                shard = OpenShard(self._directory / name)
-            except FileNotFoundError:
-                return None
-            if shard.size != size:
-                return None
-        self._shards[name] = shard
-        if len(self._shards) > _MOST_OPEN_SHARDS:
-            self._shards.popitem(last=False)  # closed once no thread reads from it
-        return shard
-
-    def close(self) -> None:
-        """Closes them."""
-        self._shards.clear()
-
-
-class OpenShard:
-    """A shard open for reading, until nothing refers to it."""
-
-    def __init__(self, path: Path):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._lock = threading.Lock()
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    def read(self, tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
-        """The tensors by name, in memory of their own. Threads take turns, since a file has one position."""
-        found = {}
-        for stored in tensors:
-            data = torch.empty(stored.length, dtype=torch.uint8)
-            with self._lock:
-                self._file.seek(stored.begin)
-                done = self._file.readinto(data.numpy().data)
-            if done != stored.length:
-                raise OSError(f"{self._file.name} ended while it was read")
-            found[stored.name] = data.view(torch_dtype(stored.dtype)).view(stored.shape)
-        return found
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # the file wasn't there to open
-            self._file.close()
+    try:
+        header = parse_header(Path(name), BytesIO(start), size)
+    except ConfigError as error:
+        raise UnreadableShard(str(error).removesuffix("; download it again")) from None
+    version = header.metadata.get(_FORMAT)
+    if version != _FORMAT_VERSION:
+        kind = "not a shard of a cache" if version is None else f"a shard of format {version}, not {_FORMAT_VERSION}"
+        raise UnreadableShard(f"{name} is {kind}", foreign=version is None)
+    found: dict[str, list[StoredTensor]] = {}
+    for full_name, info in header.tensors.items():
+        key, _, short = full_name.partition("/")
+        stored = StoredTensor(short, info.dtype, info.shape, header.data_start + info.begin, info.end - info.begin)
+        found.setdefault(key, []).append(stored)
+    checksums = {
+        text.removeprefix(_CHECKSUM): value for text, value in header.metadata.items() if text.startswith(_CHECKSUM)
+    }
+    if found.keys() != checksums.keys():
+        raise UnreadableShard(f"{name} has a damaged safetensors header (checksums of other entries than it holds)")
+    try:
+        return {key: StoredEntry(tuple(tensors), int(checksums[key], 16)) for key, tensors in found.items()}
+    except ValueError as error:
+        raise UnreadableShard(f"{name} has a damaged safetensors header ({error})") from None
 
 
-def _new_path(directory: Path) -> Path:
-    # A name of its own for every shard: writers never meet, and a name always means the same bytes.
-    return directory / f"{uuid.uuid4().hex}.safetensors"
+def header_length(start: bytes | bytearray) -> int:
+    """How many bytes of a file ``read_entries`` needs, told by its first eight; a file may be shorter."""
+    return 8 + int.from_bytes(start[:8], "little")
 
 
-def _header(parts: Iterable[tuple[str, StoredTensor]]) -> bytes:
-    content: dict[str, object] = {"__metadata__": _METADATA}
+def checksum(key: str, tensors: Iterable[StoredTensor], data: Iterable[Bytes]) -> int:
+    """The checksum of an entry.
+
+    Args:
+        key: The entry's.
+        tensors: Its tensors.
+        data: Their bytes in the order of ``by_name``, in blocks of any length.
+    """
+    described = [[tensor.name, tensor.dtype, *tensor.shape] for tensor in by_name(tensors)]
+    value = zlib.crc32(json.dumps([key, described]).encode())
+    for block in data:
+        value = zlib.crc32(block, value)
+    return value
+
+
+def by_name(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """The tensors in the order in which a checksum takes them. Where they lie may change when they are copied."""
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def adjacent(tensors: Iterable[StoredTensor]) -> Iterator[list[StoredTensor]]:
+    """Runs of tensors that lie one right after the other, so that each run can be read at once."""
+    run: list[StoredTensor] = []
+    for tensor in tensors:
+        if run and tensor.begin != run[-1].end:
+            yield run
+            run = []
+        run.append(tensor)
+    if run:
+        yield run
+
+
+def _laid_out(parts: Sequence[tuple[str, StoredTensor]], checksums: Mapping[str, int]) -> NewShard:
+    metadata = {_FORMAT: _FORMAT_VERSION} | {_CHECKSUM + key: f"{value:08x}" for key, value in checksums.items()}
+    content: dict[str, object] = {"__metadata__": metadata}
     position = 0
-    for name, stored in parts:
-        offsets = [position, position + stored.length]
-        content[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": offsets}
-        position += stored.length
+    for key, tensor in parts:
+        offsets = [position, position + tensor.length]
+        content[f"{key}/{tensor.name}"] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        position += tensor.length
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _copy(source: BinaryIO, target: BinaryIO, stored: StoredTensor) -> None:
-    source.seek(stored.begin)
-    left = stored.length
-    while left:
-        block = source.read(min(left, _COPY_BYTES))
-        if not block:
-            raise OSError(f"{source.name} ended while it was copied")
-        target.write(block)
-        left -= len(block)
+    header = len(text).to_bytes(8, "little") + text
+    stored: dict[str, list[StoredTensor]] = {key: [] for key in checksums}
+    begin = len(header)
+    for key, tensor in parts:
+        stored[key].append(tensor._replace(begin=begin))
+        begin += tensor.length
+    # A name of its own for every shard: writers never meet, and a name always means the same bytes.
+    name = f"{uuid.uuid4().hex}.safetensors"
+    entries = {key: StoredEntry(tuple(tensors), checksums[key]) for key, tensors in stored.items()}
+    return NewShard(name, header, entries, begin)

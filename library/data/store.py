@@ -4,12 +4,11 @@ An entry is a handful of named tensors under a key. Keys are hashes of everythin
 (``cache_keys``), so an entry never changes: writing a key twice means writing the same thing, and the first one stays.
 """
 
+import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +16,14 @@ import torch
 from torch import Tensor
 
 from library.config.errors import ConfigError
-from library.data.shard_index import ShardIndex
-from library.data.shards import OpenShards, write_shard
+from library.config.urls import is_remote
+from library.data.opened_store import OpenedStore
+from library.data.shard_files import write_entries
+from library.data.shard_index import index_folder
 from library.io.safetensors import is_finite, torch_dtype
 
-_MOST_PENDING_SECONDS = 30.0  # a killed writer loses no more than this much work
+_PENDING_BYTES, _REMOTE_PENDING_BYTES = 1 << 26, 1 << 27
+_MOST_PENDING_SECONDS, _MOST_REMOTE_PENDING_SECONDS = 30.0, 120.0  # a killed writer loses no more than this much work
 _STORABLE = frozenset(
     torch_dtype(name)
     for name in "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F8_E4M3 F8_E5M2 F16 BF16 F32 F64 C64".split()  # noqa: SIM905
@@ -55,6 +57,14 @@ class TensorStore(Protocol):
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, in memory of their own, on the CPU; ``KeyError`` when there is none."""
+        ...
+
+    def read_rows(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """The tensors of several entries, in order; ``KeyError`` as ``read`` raises it.
+
+        Where all have tensors of the same types and shapes, those of one name lie one after the other in memory, so
+        that ``records.stack_rows`` needs no copy.
+        """
         ...
 
     def write(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -101,6 +111,18 @@ class MemoryStore:
         if key not in self._entries:
             raise KeyError(f"the cache has no entry {key}")
         return {name: self._tensor(place).clone() for name, place in self._entries[key].items()}
+
+    def read_rows(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """See ``TensorStore``."""
+        if missing := self.missing(keys):
+            raise KeyError(f"the cache has no entry {missing[0]}")
+        entries = [self._entries[key] for key in keys]
+        layouts = {frozenset((name, place.dtype, place.shape) for name, place in entry.items()) for entry in entries}
+        if len(layouts) > 1:
+            return [self.read(key) for key in keys]
+        names = entries[0] if entries else ()
+        block = {name: torch.stack([self._tensor(entry[name]) for entry in entries]) for name in names}
+        return [{name: tensor[row] for name, tensor in block.items()} for row in range(len(keys))]
 
     def write(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See ``TensorStore``."""
@@ -157,51 +179,89 @@ class PackedStore:
     be killed at any moment: what it had written by then is there, and nothing is half there. Any number of processes
     may read, and several may write, at the same time.
 
+    The folder may be remote. Then shards are objects that are never merged, and each machine keeps an index of its own.
+
     Opening is lazy and per process: the object can be made anywhere, pickled, and used after a fork, where it opens its
     own files. A forked child doesn't see what its parent had not flushed; pickling flushes. Threads may share it.
 
     Args:
-        directory: The folder; made when it is first used.
+        place: The folder, or a URL that fsspec knows; a folder is made when it is first used.
+        index_dir: The folder on this machine where indexes of remote stores lie, each in a folder of its own.
         shard_bytes: Size to merge shards to.
-        pending_bytes: Size of the small shards, and how much is gathered in memory before one is written.
+        pending_bytes: Size of the small shards, and how much is gathered in memory before one is written; by default
+            64 MiB, and 128 MiB where they stay as they are.
     """
 
     shared = True
 
-    def __init__(self, directory: str | os.PathLike[str], *, shard_bytes: int = 1 << 30, pending_bytes: int = 1 << 26):
-        self.directory = Path(directory)
+    def __init__(
+        self,
+        place: str | os.PathLike[str],
+        index_dir: str | os.PathLike[str] | None = None,
+        *,
+        shard_bytes: int = 1 << 30,
+        pending_bytes: int | None = None,
+    ):
+        self.place = str(place)
+        remote = is_remote(self.place)
+        self._index_folder = index_folder(self.place, index_dir)
         self._shard_bytes = shard_bytes
-        self._pending_bytes = pending_bytes
-        self._opened: _Opened | None = None
+        self._pending_bytes = pending_bytes or (_REMOTE_PENDING_BYTES if remote else _PENDING_BYTES)
+        self._pending_seconds = _MOST_REMOTE_PENDING_SECONDS if remote else _MOST_PENDING_SECONDS
+        self._opened: OpenedStore | None = None
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """See ``TensorStore``. Entries whose shard is gone or damaged are missing."""
-        opened = self._open()
         unique = dict.fromkeys(keys)
+        if not unique:
+            return []
+        opened = self._open()
         with opened.lock:
             present = opened.index.present(key for key in unique if key not in opened.pending)
             return [key for key in unique if key not in present and key not in opened.pending]
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """See ``TensorStore``. ``KeyError`` also when the entry's shard is gone or damaged."""
+        """See ``TensorStore``. ``KeyError`` also when the entry's shard is gone or damaged.
+
+        Raises:
+            OSError: The entry's shard can't be read.
+        """
         opened = self._open()
         tried: str | None = None
+        refreshed = False
         while True:
             with opened.lock:
                 if key in opened.pending:
                     return {name: tensor.clone() for name, tensor in opened.pending[key].items()}
                 location = opened.index.locate(key)
-                if location is None:
-                    raise KeyError(f"the cache in {self.directory} has no entry {key}")
-                shard = opened.shards.get(location.shard, location.size)
-            if shard is not None:
-                return shard.read(location.tensors)
-            if location.shard == tried:
+                shard = None if location is None else opened.shard(location)
+            if location is not None and shard is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    return location.layout.read(shard, location.begins, location.layout.allocate())
+            if location is not None and location.shard != tried:
+                tried = location.shard  # another process may have merged it just now: the index knows the new place
+            elif not refreshed:
+                refreshed = True  # another machine may have written it just now
+                with opened.lock:
+                    opened.index.refresh()
+            elif tried is None:
+                raise KeyError(f"the cache in {self.place} has no entry {key}")
+            else:
                 raise KeyError(
-                    f"the cache in {self.directory} lost the entry {key}: its shard {location.shard} is gone or "
-                    "damaged. Start the run again: what is missing is encoded again"
+                    f"the cache in {self.place} lost the entry {key}: its shard {tried} is gone or damaged. Start the "
+                    "run again: what is missing is encoded again"
                 )
-            tried = location.shard  # another process may have merged it just now: the index knows the new place
+
+    def read_rows(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """See ``TensorStore``."""
+        opened = self._open()
+        with opened.lock:
+            found = [located for key in keys if (located := opened.find(key)) is not None]
+        if len(found) == len(keys) and len({location.layout for location, _ in found}) == 1:
+            memory = found[0][0].layout.allocate_rows(len(keys))
+            with contextlib.suppress(FileNotFoundError):
+                return [at.layout.read(shard, at.begins, row) for (at, shard), row in zip(found, memory)]
+        return [self.read(key) for key in keys]
 
     def write(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See ``TensorStore``. Entries are gathered; ``flush`` or a full shard's worth puts them on disk."""
@@ -211,7 +271,7 @@ class PackedStore:
         with opened.lock:
             opened.gather(entries)
             waited = time.monotonic() - opened.oldest
-            if opened.pending_bytes >= self._pending_bytes or waited >= _MOST_PENDING_SECONDS:
+            if opened.pending_bytes >= self._pending_bytes or waited >= self._pending_seconds:
                 self._flush(opened)
 
     def flush(self) -> None:
@@ -247,62 +307,31 @@ class PackedStore:
             self.flush()
         return {**self.__dict__, "_opened": None}
 
-    def _open(self) -> "_Opened":
+    def _open(self) -> OpenedStore:
         opened = self._opened
         if opened is None or opened.process != os.getpid():
-            # What the parent of a fork had opened is kept, unused: closing its database here could undo a transaction.
-            opened = self._opened = _Opened(self.directory, self._shard_bytes, inherited=opened)
+            opened = self._opened = OpenedStore(self.place, self._index_folder, self._shard_bytes, inherited=opened)
         return opened
 
-    def _flush(self, opened: "_Opened") -> None:
+    def _flush(self, opened: OpenedStore) -> None:
         if not opened.pending:
             return
         entries = opened.pending
         try:
-            opened.index.add(write_shard(self.directory, entries))
+            opened.index.add(write_entries(opened.files, entries))
         except OSError as error:
+            remedy = "Check it" if opened.files.remote else "Free some space"
             raise ConfigError(
-                f"the cache can't be written in {self.directory}: {error.strerror or error}. Free some space, or name "
-                "another folder with --cache_dir; what was encoded so far is kept"
+                f"the cache can't be written in {self.place}: {error.strerror or error}. {remedy}, or name another "
+                "folder with --cache_dir; what was encoded so far is kept"
             ) from error
         finally:
             # Also on failure, so that closing the store doesn't fail again and hide the reason.
             opened.gather_anew()
         try:
             opened.index.merge_small()
-        except (OSError, ConfigError) as error:
+        except ConfigError as error:
             _log.warning("cache: small shards were not merged: %s", error)
-
-
-class _Opened:
-    """What one process has open, and what it has gathered to write."""
-
-    def __init__(self, directory: Path, shard_bytes: int, inherited: "_Opened | None"):
-        self.process = os.getpid()
-        self.lock = threading.RLock()
-        self.index = ShardIndex(directory, shard_bytes)
-        self.pending: dict[str, dict[str, Tensor]] = {}
-        self.pending_bytes = 0
-        self.oldest = 0.0
-        self.shards = OpenShards(directory)
-        self._inherited = inherited
-
-    def gather(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if not self.pending:
-            self.oldest = time.monotonic()
-        for key, tensors in entries.items():
-            if key not in self.pending:
-                copies = {name: _host_copy(tensor) for name, tensor in tensors.items()}
-                self.pending[key] = copies
-                self.pending_bytes += sum(tensor.numel() * tensor.element_size() for tensor in copies.values())
-
-    def gather_anew(self) -> None:
-        self.pending = {}
-        self.pending_bytes = 0
-
-    def close(self) -> None:
-        self.index.close()
-        self.shards.close()
 
 
 def check_entry(key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -321,7 +350,3 @@ def check_entry(key: str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} of the cache entry {key} has a type that can't be stored: {tensor.dtype}")
         if not is_finite(tensor):
             raise NonFiniteEntry(key, name)
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

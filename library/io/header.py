@@ -88,7 +88,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     path = require_file(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
-        return _parse(path, file, size)
+        return parse_header(path, file, size)
 
 
 def require_file(path: str | os.PathLike[str]) -> Path:
@@ -109,7 +109,17 @@ def require_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _parse(path: Path, file: BinaryIO, size: int) -> Header:
+def parse_header(path: Path, file: BinaryIO, size: int) -> Header:
+    """This reads and checks the header of a safetensors file that is open, or of its first bytes.
+
+    Args:
+        path: The file's name, for messages.
+        file: The file at its start; what follows the header is not read.
+        size: Bytes of the whole file.
+
+    Raises:
+        ConfigError: The file is something else, is truncated, or contradicts itself.
+    """
     start = file.read(32)
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{" or length > _LONGEST_HEADER:

@@ -37,6 +37,17 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """This is the format's name for torch's type.
+
+    Raises:
+        ValueError: The format has none.
+    """
+    if dtype not in _FORMAT_NAMES:
+        raise ValueError(f"safetensors files can't hold tensors of the type {dtype}")
+    return _FORMAT_NAMES[dtype]
+
+
 def load_tensors(
     header: Header,
     names: Iterable[str] | None = None,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from library.data.buckets import Placement
-from library.data.cache_keys import latent_key, text_key
+from library.data.cache_keys import latent_key, mask_key, text_key
+from library.data.images import PixelSettings
 from library.records import Box, Resolution
 
 PLACEMENT = Placement(Resolution(64, 32), Resolution(64, 40), Box(0, 4, 64, 36))
@@ -13,8 +14,19 @@ SIGNATURE = {"vae": "a1b2", "dtype": "torch.bfloat16", "tiling": "off"}
 
 
 def changed(**changes):
-    arguments = {"content": "c0ffee", "placement": PLACEMENT, "flipped": False, "signature": SIGNATURE}
+    arguments = {
+        "content": "c0ffee",
+        "placement": PLACEMENT,
+        "flipped": False,
+        "settings": PixelSettings(),
+        "signature": SIGNATURE,
+    }
     return latent_key(**{**arguments, **changes})
+
+
+def changed_mask(**changes):
+    arguments = {"content": "c0ffee", "placement": PLACEMENT, "flipped": False, "alpha": False, "stride": 8}
+    return mask_key(**{**arguments, **changes})
 
 
 @pytest.mark.parametrize(
@@ -25,6 +37,8 @@ def changed(**changes):
         {"placement": PLACEMENT._replace(resized=Resolution(64, 41))},
         {"placement": PLACEMENT._replace(crop=Box(0, 5, 64, 37))},
         {"flipped": True},
+        {"settings": PixelSettings(interpolation="lanczos")},
+        {"settings": PixelSettings(background="#000000")},
         {"signature": {**SIGNATURE, "vae": "a1b3"}},
         {"signature": {**SIGNATURE, "dtype": "torch.float32"}},
         {"signature": {**SIGNATURE, "tiling": "on"}},
@@ -37,6 +51,21 @@ def test_latent_key_changes_with_everything_that_shapes_the_result(change):
     assert changed(**change) != changed()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": "c0ffef"},
+        {"placement": PLACEMENT._replace(crop=Box(0, 5, 64, 37))},
+        {"flipped": True},
+        {"alpha": True},
+        {"stride": 32},
+    ],
+    ids=str,
+)
+def test_mask_key_changes_with_everything_that_shapes_the_mask(change):
+    assert changed_mask(**change) != changed_mask()
+
+
 def test_keys_are_canonical():
     assert changed(signature=dict(reversed(SIGNATURE.items()))) == changed()
     assert text_key("a cat", {"a": "1", "b": "2"}) == text_key("a cat", {"b": "2", "a": "1"})
@@ -44,7 +73,8 @@ def test_keys_are_canonical():
 
 def test_a_key_is_the_same_on_every_machine_and_day():
     # A change of the encoding would throw away every cache that people have: raise it on purpose only.
-    assert changed() == "ba5e5e2cd9774506554251a0892624db20aee296"
+    assert changed() == "3d4d80ae38eb53181953c6a1d51a93f216508c53"
+    assert changed_mask() == "940b8337d14cf5b87996a25156a7ad0619c80d60"
     assert text_key("a cat", {"t5": "beef"}) == "5c3fccd66a33745bc3c21f9f89d2f37c116613f9"
 
 
@@ -75,7 +105,9 @@ def test_nothing_runs_together():
         text_key("a", {"b": "c", "d": "e"}),
     }
     assert len(keys) == 5
-    assert latent_key("x", PLACEMENT, False, {}) != text_key("x", {})
+    assert (
+        len({latent_key("x", PLACEMENT, False, PixelSettings(), {}), text_key("x", {}), changed_mask(content="x")}) == 3
+    )
 
 
 def test_any_caption_has_a_key():

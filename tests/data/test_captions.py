@@ -6,13 +6,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.config.dataset import SubsetConfig
-from library.data.captions import caption_for_visit, possible_captions
+from library.data.captions import caption_for_visit, caption_versions
+from library.randomness import python_random
 
 
-def make(captions, seed=0, *, epoch=0, step=0, max_steps=100, **settings):
+def make(captions, seed=0, *, epoch=0, step=0, max_steps=100, variants=None, visit=0, **settings):
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
-    subset = SubsetConfig(image_dir="x", **settings)
-    return caption_for_visit(captions, subset, random.Random(seed), epoch=epoch, step=step, max_steps=max_steps)
+    return caption_for_visit(
+        captions,
+        SubsetConfig(image_dir="x", **settings),
+        random.Random(seed),
+        epoch=epoch,
+        step=step,
+        max_steps=max_steps,
+        variants=variants,
+        visit=visit,
+    )
 
 
 def text(*args, **kwargs):
@@ -39,6 +48,12 @@ def test_wildcards_choose_evenly_among_lines_and_words():
     assert set(counts) == {"a red cat", "a blue cat", "{dog}"}
     assert counts["{dog}"] == pytest.approx(1000, abs=100)
     assert counts["a red cat"] == pytest.approx(500, abs=80)
+
+
+def test_brackets_inside_and_around_wildcards():
+    assert {text("{a|{{b}}}", seed, enable_wildcard=True) for seed in range(20)} == {"a", "{b}"}
+    assert {text("{{{a|b}}}", seed, enable_wildcard=True) for seed in range(20)} == {"{a}", "{b}"}
+    assert text("{} {{a|b}} }} {a|", enable_wildcard=True) == "{} {a|b} } {a|"
 
 
 def test_a_wildcard_may_choose_nothing():
@@ -166,24 +181,90 @@ def test_the_same_seed_makes_the_same_caption(lines, settings, seed):
     assert make(lines, seed, **settings) == make(lines, seed, **settings)
 
 
+# Versions for cached text
+
+lines_with_marks = st.lists(st.text("ab,{}|; ", max_size=20), min_size=1, max_size=3)
+marks = {"keep_tokens_separator": "||", "secondary_separator": ";;"}
+
+
 @given(
-    lines=st.lists(st.text("ab,{}|; ", max_size=20), min_size=1, max_size=3),
+    lines=lines_with_marks,
     settings=settings,
     seed=st.integers(0, 2**32),
     dropout=st.sampled_from([0.0, 0.5]),
+    variants=st.integers(1, 5),
+    visits=st.lists(st.integers(0, 100), min_size=1, max_size=4),
 )
-def test_possible_captions_holds_whatever_is_made(lines, settings, seed, dropout):
-    settings |= {"caption_dropout_rate": dropout, "keep_tokens_separator": "||", "secondary_separator": ";;"}
-    possible = possible_captions(lines, SubsetConfig(image_dir="x", **settings))
-    random_tags = settings["shuffle_caption"] or settings["caption_tag_dropout_rate"] or settings["token_warmup_step"]
-    assert (possible is None) == bool(random_tags)
-    if possible is not None:
-        caption, dropped = make(lines, seed, **settings)
-        assert caption in possible or dropped
+def test_versions_hold_whatever_visits_get(lines, settings, seed, dropout, variants, visits):
+    settings |= {"caption_dropout_rate": dropout, "token_warmup_step": 0.0, **marks}
+    versions = caption_versions(lines, SubsetConfig(image_dir="x", **settings), variants)
+    assert len(set(versions)) == len(versions) <= variants
+    for visit in visits:
+        caption, dropped = make(lines, seed, variants=variants, visit=visit, **settings)
+        assert caption in versions or dropped
 
 
-def test_possible_captions_are_counted_before_they_are_listed():
+@given(lines=lines_with_marks, settings=settings, seed=st.integers(0, 2**32), dropout=st.sampled_from([0.0, 0.5]))
+def test_without_variants_versions_are_all_that_can_be(lines, settings, seed, dropout):
+    settings |= {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, **marks}
+    versions = caption_versions(lines, SubsetConfig(image_dir="x", **settings), None)
+    caption, dropped = make(lines, seed, caption_dropout_rate=dropout, **settings)
+    assert caption in versions or dropped
+
+
+@given(lines=lines_with_marks, settings=settings, variants=st.integers(1, 6), dropout=st.sampled_from([0.0, 0.5]))
+def test_versions_are_made_as_any_visit_is(lines, settings, variants, dropout):
+    # The same pipeline as for captions that aren't cached, dropout apart; only the seed is another.
+    settings |= {"token_warmup_step": 0.0, **marks}
+    subset = SubsetConfig(image_dir="x", **settings)
+    online = [
+        caption_for_visit(
+            lines, subset, python_random("caption variant", *lines, number), epoch=0, step=0, max_steps=1
+        )[0]
+        for number in range(variants)
+    ]
+    assert caption_versions(lines, subset, variants) == tuple(dict.fromkeys(online))
+    settings |= {"caption_dropout_rate": dropout}
+    for visit in range(2 * variants):
+        caption, dropped = make(lines, visit, variants=variants, visit=visit, **settings)
+        assert caption == ("" if dropped else online[visit % variants])
+
+
+def test_visits_take_the_versions_in_turn():
+    settings = {"shuffle_caption": True, "caption_dropout_rate": 0.4}
+    caption = "a, b, c, d, e, f, g, h"
+    versions = caption_versions((caption,), SubsetConfig(image_dir="x", **settings), 4)
+    made = [make(caption, seed, variants=4, visit=seed, **settings) for seed in range(40)]
+    assert {caption for caption, _ in made} == {*versions, ""} and len(versions) == 4
+    assert all(caption == versions[number % 4] for number, (caption, dropped) in enumerate(made) if not dropped)
+    # dropout is each visit's own, and the one that captions without versions have
+    assert [dropped for _, dropped in made] == [make(caption, seed, **settings)[1] for seed in range(40)]
+    assert 5 < sum(dropped for _, dropped in made) < 30
+
+
+def test_more_variants_keep_the_versions_there_are():
+    subset = SubsetConfig(image_dir="x", shuffle_caption=True, enable_wildcard=True, caption_tag_dropout_rate=0.1)
+    lines = ("a, b, c, d", "{e|f}, g, h, i, j")
+    few, many = caption_versions(lines, subset, 5), caption_versions(lines, subset, 20)
+    assert many[: len(few)] == few and len(many) > 10
+
+
+def test_versions_of_captions_that_do_not_change():
+    assert caption_versions(["{a|b}", "c"], SubsetConfig(image_dir="x"), 8) == ("{a|b}",)
+    marked = SubsetConfig(image_dir="x", caption_prefix="p", keep_tokens_separator="|||", caption_dropout_rate=0.5)
+    assert caption_versions(["a ||| b,c"], marked, None) == ("p a, b, c",)
+    assert caption_versions(["a {{b}}"], SubsetConfig(image_dir="x", enable_wildcard=True), 8) == ("a {b}",)
+
+
+def test_versions_without_variants():
     subset = SubsetConfig(image_dir="x", enable_wildcard=True)
-    assert possible_captions(["{a|b} {c|d}", "{{e}}"], subset) == ("a c", "a d", "b c", "b d", "{e}")
-    assert possible_captions(["{a|b|c|d|e|f|g|h|i|j}" * 9], subset) is None
-    assert possible_captions(["{a|b}", "c"], SubsetConfig(image_dir="x")) == ("{a|b}",)
+    assert caption_versions(["{a|b} {c|d}", "{{e}}"], subset, None) == ("a c", "a d", "b c", "b d", "{e}")
+    assert len(caption_versions(["{a|b|c|d|e|f|g|h|i|j}" * 9], subset, None)) == 10_000
+    for change in ({"shuffle_caption": True}, {"caption_tag_dropout_rate": 0.1}, {"token_warmup_step": 2.0}):
+        with pytest.raises(ValueError, match="can't be listed without a number of variants"):
+            caption_versions(["a, b"], SubsetConfig(image_dir="x", **change), None)
+
+
+def test_versions_of_a_warm_up_are_complete():
+    subset = SubsetConfig(image_dir="x", token_warmup_step=50.0)
+    assert caption_versions(["a, b, c"], subset, 3) == ("a, b, c",)

@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -16,53 +18,12 @@ import torch
 from safetensors import safe_open
 
 from library.config.errors import ConfigError
-from library.data import shard_index, store
-from library.data import shards as shards_module
+from library.data import shard_files, shard_index, store
 from library.data.shard_index import INDEX_NAME
 from library.data.store import MemoryStore, NonFiniteEntry, PackedStore
+from tests.data.store_fixtures import entry, key, present, put, same, shards
 
 FORK = multiprocessing.get_context("fork")
-
-
-def entry(number, size=100):
-    """The tensors that belong under ``key(number)``, of several types, different for every number."""
-    generator = torch.Generator().manual_seed(number)
-    return {
-        "context": torch.randn(size, 2, generator=generator).bfloat16(),
-        "ids": torch.randint(0, 1000, (7,), generator=generator),
-        "mask": torch.rand(3, generator=generator) > 0.5,
-    }
-
-
-def key(number):
-    return f"{number:040x}"
-
-
-def put(target, numbers, size=100):
-    for number in numbers:
-        target.write({key(number): entry(number, size)})
-
-
-def same(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].dtype == right[name].dtype
-        assert left[name].shape == right[name].shape
-        assert left[name].flatten().view(torch.uint8).tolist() == right[name].flatten().view(torch.uint8).tolist()
-
-
-def present(target, numbers):
-    """Which numbers are there; each is checked to hold the right tensors."""
-    keys = [key(number) for number in numbers]
-    missing = set(target.missing(keys))
-    found = [number for number in numbers if key(number) not in missing]
-    for number in found:
-        same(target.read(key(number)), entry(number))
-    return found
-
-
-def shards(directory):
-    return sorted(directory.glob("*.safetensors"))
 
 
 def in_child(function, *arguments):
@@ -164,6 +125,40 @@ def test_entries_that_can_not_be_stored(any_store):
         any_store.write({"k": {"x": torch.zeros(1, dtype=torch.complex128)}})
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_rows_of_one_kind_lie_one_after_the_other(any_store, flush):
+    put(any_store, range(5))
+    if flush:
+        any_store.flush()
+    rows = any_store.read_rows([key(3), key(0), key(3), key(4)])
+    for number, row in zip((3, 0, 3, 4), rows):
+        same(row, entry(number))
+    if flush:
+        for name in ("context", "ids", "mask"):
+            starts = [row[name].data_ptr() for row in rows]
+            assert starts == [starts[0] + number * rows[0][name].nbytes for number in range(4)], name
+    rows[0]["ids"].fill_(-1)
+    same(rows[2], entry(3))
+    same(any_store.read(key(3)), entry(3))
+
+
+def test_rows_of_several_kinds(any_store):
+    put(any_store, [0])
+    put(any_store, [1], size=30)
+    any_store.write({"k": {"x": torch.zeros(3), "empty": torch.zeros(0, 4), "scalar": torch.tensor(7)}})
+    any_store.flush()
+    first, second, third = any_store.read_rows([key(0), key(1), "k"])
+    same(first, entry(0))
+    same(second, entry(1, 30))
+    assert third["scalar"].item() == 7
+    (alone, again) = any_store.read_rows(["k", "k"])
+    same(alone, again)
+    assert alone["empty"].shape == (0, 4) and alone["scalar"].shape == ()
+    assert any_store.read_rows([]) == []
+    with pytest.raises(KeyError, match="has no entry nothing"):
+        any_store.read_rows(["k", "nothing"])
+
+
 def test_memory_is_taken_in_blocks_that_grow():
     memory = MemoryStore(block_bytes=1 << 20)
     for number in range(300):
@@ -208,6 +203,63 @@ def test_shards_open_with_the_formats_own_loader(tmp_path):
     assert len(found) == 180
     for number in range(60):
         same({name: found[f"{key(number)}/{name}"] for name in ("context", "ids", "mask")}, entry(number))
+
+
+def checksums(directory):
+    found = {}
+    for path in shards(directory):
+        with safe_open(path, "pt") as file:
+            found |= {k: v for k, v in file.metadata().items() if k.startswith("crc32/")}
+    return found
+
+
+def test_every_entry_has_a_checksum_that_stays_with_it(tmp_path):
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(15))
+    before = checksums(tmp_path)
+    assert before.keys() == {f"crc32/{key(n)}" for n in range(15)}
+    assert len(set(before.values())) == 15
+    put(packed, [15])
+    assert len(shards(tmp_path)) == 1
+    after = checksums(tmp_path)
+    assert before.items() <= after.items() and len(after) == 16
+
+
+def test_the_checksum_is_of_the_entry_and_not_of_the_shard_around_it(tmp_path):
+    for name, company in (("alone", []), ("crowd", range(1, 9))):
+        with PackedStore(tmp_path / name) as packed:
+            put(packed, company)
+            tensors = entry(0)
+            packed.write({key(0): tensors if company else dict(reversed(tensors.items()))})
+    of = f"crc32/{key(0)}"
+    assert checksums(tmp_path / "alone")[of] == checksums(tmp_path / "crowd")[of]
+    others = {
+        "key": {"other": entry(0)},
+        "name": {key(0): {"renamed" if n == "ids" else n: t for n, t in entry(0).items()}},
+        "shape": {key(0): {**entry(0), "ids": entry(0)["ids"].view(7, 1)}},
+        "type": {key(0): {**entry(0), "context": entry(0)["context"].view(torch.float16)}},
+        "bytes": {key(0): {**entry(0), "ids": entry(0)["ids"] + 1}},
+    }
+    for name, entries in others.items():
+        with PackedStore(tmp_path / name) as packed:
+            packed.write(entries)
+        assert list(checksums(tmp_path / name).values()) != [checksums(tmp_path / "alone")[of]], name
+
+
+def test_systems_without_vectored_reads(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "preadv")
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(3))
+    assert present(packed, range(4)) == [0, 1, 2]
+
+
+def test_a_read_that_stops_short_is_gone_on_with(tmp_path, monkeypatch):
+    packed = PackedStore(tmp_path)
+    put(packed, range(3))
+    packed.flush()
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, begin: read(file, [buffers[0][:1]], begin))
+    assert present(packed, range(4)) == [0, 1, 2]
 
 
 def test_shards_appear_only_when_there_is_enough(tmp_path):
@@ -258,8 +310,30 @@ def test_a_merged_shard_replaces_its_sources(tmp_path):
     assert shards(tmp_path)[0] not in before
 
 
+def test_merging_keeps_one_copy_of_an_entry(tmp_path):
+    large = PackedStore(tmp_path, shard_bytes=100_000)
+    put(large, range(80))
+    large.flush()
+    others = [PackedStore(tmp_path, shard_bytes=100_000) for _ in range(16)]
+    for number, other in enumerate(others):
+        put(other, [number, 100 + number])  # as writers do that looked before the large one was there
+    for other in others:
+        other.flush()
+    assert len(shards(tmp_path)) == 2
+    held = [name for path in shards(tmp_path) for name in safe_open(path, "pt").keys()]  # noqa: SIM118
+    assert len(held) == len(set(held)) == 3 * 96
+    assert present(PackedStore(tmp_path), range(120)) == [*range(80), *range(100, 116)]
+
+
+def test_nothing_is_made_for_what_nobody_asks_for(tmp_path):
+    with PackedStore(tmp_path / "masks") as packed:
+        assert packed.missing([]) == []
+        packed.flush()
+    assert not (tmp_path / "masks").exists()
+
+
 def test_only_a_few_shards_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "_MOST_OPEN_SHARDS", 3)
+    monkeypatch.setattr(shard_files, "_MOST_OPEN", 3)
     packed = PackedStore(tmp_path, pending_bytes=1)
     put(packed, range(12))
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
@@ -307,12 +381,49 @@ def test_a_damaged_shard_is_missing_and_written_again(tmp_path, damage):
     else:
         path.write_bytes(path.read_bytes() + b"\0")
     fresh = PackedStore(tmp_path, pending_bytes=1)
+    with pytest.raises(KeyError, match=f"lost the entry {key(1)}: its shard {path.name} is gone or damaged"):
+        fresh.read(key(1))
     assert fresh.missing(map(key, range(3))) == [key(1)]
-    with pytest.raises(KeyError, match=f"lost the entry {key(1)}"):
+    with pytest.raises(KeyError, match=f"has no entry {key(1)}"):
         fresh.read(key(1))
     put(fresh, range(3))
     assert present(fresh, range(3)) == [0, 1, 2]
     assert present(PackedStore(tmp_path), range(3)) == [0, 1, 2]
+
+
+def test_a_second_copy_is_used_when_the_first_is_lost(tmp_path):
+    first, second = PackedStore(tmp_path), PackedStore(tmp_path)
+    put(first, range(3))
+    put(second, range(1, 4))
+    first.flush()
+    (path,) = shards(tmp_path)
+    second.flush()
+    path.unlink()
+    assert present(PackedStore(tmp_path), range(5)) == [1, 2, 3]
+
+
+def test_shards_of_another_format_are_left_out_with_one_line(tmp_path, caplog):
+    with PackedStore(tmp_path) as packed:
+        put(packed, range(3))
+    (path,) = shards(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"atelier.tensor_store":"2"', b'"atelier.tensor_store":"1"'))
+    (tmp_path / INDEX_NAME).unlink()
+    packed = PackedStore(tmp_path)
+    for _ in range(2):
+        assert present(packed, range(3)) == []
+    assert [record.message for record in caplog.records] == [
+        f"cache: in {tmp_path}, {path.name} is a shard of format 1, not 2; it is left out and can be deleted"
+    ]
+
+
+def test_a_header_without_its_checksums_is_damage(tmp_path, caplog):
+    with PackedStore(tmp_path) as packed:
+        put(packed, range(3))
+    (path,) = shards(tmp_path)
+    path.write_bytes(path.read_bytes().replace(f"crc32/{key(1)}".encode(), f"crc32/{key(9)}".encode()))
+    (tmp_path / INDEX_NAME).unlink()
+    assert present(PackedStore(tmp_path), range(10)) == []
+    assert "damaged safetensors header" in caplog.text
 
 
 def test_a_missing_index_is_rebuilt(tmp_path):
@@ -335,6 +446,19 @@ def test_rebuild_index(tmp_path):
     assert present(packed, range(30)) == list(range(30))
 
 
+def test_an_index_that_is_deleted_while_a_store_is_closed(tmp_path):
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    packed.write({"a": {"x": torch.zeros(3), "y": torch.ones(2)}})
+    packed.write({"b": {"z": torch.full((4,), 2)}})
+    assert packed.read("a")["y"].tolist() == [1, 1] and packed.read("b")["z"].tolist() == [2] * 4
+    packed.close()
+    (tmp_path / INDEX_NAME).unlink()
+    with PackedStore(tmp_path, pending_bytes=1) as other:
+        other.write({"c": {"w": torch.zeros(9, 9)}})  # kinds of entries get other numbers in the new index
+        assert sorted(other.missing("abcd")) == ["d"]
+    assert packed.read("a")["y"].tolist() == [1, 1] and packed.read("b")["z"].tolist() == [2] * 4
+
+
 def test_a_damaged_index_says_what_to_do(tmp_path):
     with PackedStore(tmp_path) as packed:
         put(packed, range(3))
@@ -351,7 +475,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / INDEX_NAME)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ConfigError, match=r"another version \(99; this one reads 1\)"):
+    with pytest.raises(ConfigError, match=r"another version \(99; this one reads 2\)"):
         PackedStore(tmp_path).read(key(1))
 
 
@@ -362,11 +486,12 @@ def test_unfinished_files_of_killed_writers_go_after_an_hour(tmp_path):
         path.write_bytes(b"half")
     for path in (old, other):
         os.utime(path, (time.time() - 4000,) * 2)
-    PackedStore(tmp_path).missing([])
+    PackedStore(tmp_path).missing([key(0)])
     assert [path.exists() for path in (old, new, other)] == [False, True, True]
 
 
 def write_on_a_full_disk(directory):
+    torch.set_num_threads(1)  # threads of the parent do not live here
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     packed = PackedStore(directory)
@@ -390,6 +515,59 @@ def test_a_full_disk_is_one_clear_line_and_the_store_stays(tmp_path):
     assert present(packed, range(5)) == [0, 1, 2, 3]
     assert packed.missing(["large"]) == ["large"]
     assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("where", ["writing", "syncing", "renaming"])
+def test_no_space_left_is_one_clear_line_and_nothing_is_lost(tmp_path, monkeypatch, where):
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(3))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        if where == "writing":
+            broken.setattr(shard_files, "open", lambda path, mode: FullFile(path), raising=False)
+        else:
+            broken.setattr(os, "fsync" if where == "syncing" else "replace", full)
+        with pytest.raises(ConfigError) as caught:
+            put(packed, [3])
+        message = f"the cache can't be written in {tmp_path}: No space left on device. Free some space, or name another"
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+        assert str(caught.value).endswith("with --cache_dir; what was encoded so far is kept")
+        packed.close()  # as the run ends: nothing is left to write, so this doesn't hide the reason
+    assert present(packed, range(5)) == [0, 1, 2]
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    put(packed, [3])
+    assert present(PackedStore(tmp_path), range(5)) == [0, 1, 2, 3]
+
+
+class FullFile(contextlib.nullcontext):
+    """A file on a disk that is full after a few bytes."""
+
+    def __enter__(self):
+        return self
+
+    def write(self, data):
+        self.enter_result.write_bytes(bytes(data)[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_while_merging_is_a_warning(tmp_path, monkeypatch, caplog):
+    packed = PackedStore(tmp_path, pending_bytes=1)
+    put(packed, range(15))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_index, "copy_entries", full)
+    put(packed, [15])
+    assert "small shards were not merged" in caplog.text and "No space left on device" in caplog.text
+    assert present(PackedStore(tmp_path), range(17)) == list(range(16))
+    monkeypatch.undo()
+    put(packed, [16])
+    assert len(shards(tmp_path)) == 1
+    assert present(PackedStore(tmp_path), range(18)) == list(range(17))
 
 
 # Death
@@ -435,13 +613,13 @@ def die_at(point, directory, begin):
         return dying
 
     if point == "shard written, not in the index":
-        store.write_shard = then_die(store.write_shard)
+        store.write_entries = then_die(store.write_entries)
     elif point == "in the index, not committed":
         shard_index.ShardIndex._register = then_die(shard_index.ShardIndex._register)
     elif point == "merged, not in the index":
-        shard_index.merge_shards = then_die(shard_index.merge_shards)
+        shard_index.copy_entries = then_die(shard_index.copy_entries)
     else:
-        shard_index._remove = lambda path: os._exit(7)
+        shard_files.LocalShards.remove = lambda self, name: os._exit(7)
     put(packed, [begin + 15])
     os._exit(0)
 
