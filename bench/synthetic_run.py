@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from library.config.caching import CachingConfig
+from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
 from library.config.logging import LoggingConfig
@@ -19,6 +20,7 @@ from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
+from library.config.pictures import PictureConfig
 from library.config.run import RunConfig
 from library.config.sampling import SamplingConfig
 from library.config.saving import SavingConfig
@@ -102,7 +104,10 @@ def make_run(
     if checkpointing:
         enable_checkpointing(list(family.blocks(denoiser)), 1)
     picture = Resolution(resolution, resolution)
-    samples = [Sample(f"{row}", "", ("",), picture, 0, 0) for row in range(batch_size)]
+    samples = [
+        Sample(key=f"{row}", path="", content="", captions=("",), size=picture, dataset=0, subset=0)
+        for row in range(batch_size)
+    ]
     placements = [place(picture, config.datasets[0], family.latents.format.resolution_step) for _ in samples]
     groups = network.parameter_groups(config.optimizer)
     created = create_optimizer("AdamW", (), groups, learning_rate=1e-4, device=device)
@@ -114,7 +119,7 @@ def make_run(
         family=family,
         accelerator=accelerator,
         plan=BatchPlan(samples, placements, config.datasets, seed=0, micro_batches_per_step=1),
-        batches=itertools.repeat(batch),
+        batches=(batch for _ in itertools.count()),
         denoiser=denoiser,
         trainable=network,
         text=synthetic.synthetic_strategy(family),
@@ -178,6 +183,8 @@ def _config(
         model=ModelConfig(),
         family=options.OPTIONS(),
         data=DataConfig(),
+        pictures=PictureConfig(),
+        captions=CaptionConfig(),
         datasets=(dataset,),
         caching=CachingConfig(cache_latents=True, cache_text_encoder_outputs=True),
         network=NetworkConfig(network_dim=rank, network_alpha=rank, network_train_unet_only=True),

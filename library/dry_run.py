@@ -1,75 +1,122 @@
 """What a run would do, as far as file headers and a scan of the datasets tell; it loads no torch."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
+from library.config.errors import ConfigError
 from library.config.run import RunConfig
-from library.data.buckets import place_all
+from library.data.buckets import Placement, place_all
 from library.data.discovery import Discovery, discover
 from library.data.file_index import FileIndex
 from library.data.plan import BatchPlan
-from library.families import family_files, family_options
+from library.data.report import DataReport, report_data
+from library.data.report_captions import Window
+from library.data.report_lines import report_lines
+from library.families import family_files, family_options, family_tokenizers
 from library.records import ModelDescription
 
 
+@dataclass(frozen=True)
+class DataScan:
+    """The data of a run, as it is found without loading anything.
+
+    Attributes:
+        discovery: What the datasets hold.
+        placements: Of the training samples.
+        validation_placements: Of the validation samples.
+        seed: The run's seed; 0 where none is given.
+        report: What is said about the data.
+    """
+
+    discovery: Discovery
+    placements: tuple[Placement, ...]
+    validation_placements: tuple[Placement, ...]
+    seed: int
+    report: DataReport
+
+
 def report(config: RunConfig) -> list[str]:
-    """This describes the model, the datasets and the length of the run, one line each.
+    """This describes the model, the datasets and the length of the run in lines.
 
     Raises:
-        ConfigError: What a run would stop at: pictures or captions that can't be read.
+        ConfigError: What a run would stop at: pictures or captions that can't be read, steps without pictures.
     """
     files = family_files(config.family_name)
-    description = files.describe(files.locate(config.model, config.family), config.family)
-    index = os.path.join(config.cache_dir, "files.sqlite")
+    located = files.locate(config.model, config.family)
+    description: ModelDescription = files.describe(located, config.family)
+    try:
+        windows = family_tokenizers(config.family_name).find_windows(config.model, config.family, located)
+        later = []
+    except ConfigError as error:
+        windows = {}
+        later = [f"captions: whether one is too long for an encoder is told when training starts, for now {error}"]
+    scan = scan_data(config, description, windows)
+    idle = [remark.text for remark in scan.report.remarks if remark.kind == "idle steps"]
+    if idle:
+        raise ConfigError("\n".join(idle))
+    return [*_model_lines(description), *report_lines(scan.report), *later]
+
+
+def scan_data(
+    config: RunConfig,
+    description: ModelDescription | None,
+    windows: Mapping[str, Window],
+    *,
+    skip_bad_images: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataScan:
+    """This looks at all data of a run. What the run's index of files knows is used, and nothing is written.
+
+    Args:
+        config: The run.
+        description: The model; None: any of the family.
+        windows: Text encoder -> its tokenizer; empty: not known.
+        skip_bad_images: Leave out pictures that can't be read even if the run would stop at them.
+        progress: Is told how many of how many new files, or captions, have been looked at.
+
+    Raises:
+        ConfigError: What the run would stop at.
+    """
+    options = family_options(config.family_name)
+    path = os.path.join(config.local_cache_dir, "files.sqlite")
+    index = FileIndex(path if os.path.isfile(path) else None)
     seed = config.training.seed or 0
     discovery = discover(
         config.datasets,
-        FileIndex(index if os.path.isfile(index) else None),
-        skip_bad_images=config.data.skip_bad_images,
+        index,
+        skip_bad_images=skip_bad_images or config.data.skip_bad_images,
         validation_seed=seed if config.data.validation_seed is None else config.data.validation_seed,
+        decode=not config.caching.cache_latents,
+        near_duplicates=config.data.report_near_duplicates,
+        progress=progress,
     )
-    return [
-        *_model_lines(description),
-        *(f"note: {note}" for note in discovery.notes),
-        *_plan_lines(config, discovery, seed, description.largest_side),
-    ]
+    largest_side = None if description is None else description.largest_side
+    placements, validation_placements = (
+        place_all(samples, config.datasets, options.RESOLUTION_STEP, largest_side)
+        for samples in (discovery.samples, discovery.validation)
+    )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = config.training.gradient_accumulation_steps
+    plan = BatchPlan(
+        discovery.samples, placements, config.datasets, seed=seed, micro_batches_per_step=processes * accumulation
+    )
+    made = report_data(
+        config,
+        discovery,
+        placements,
+        validation_placements,
+        plan,
+        latents=options.LATENTS,
+        text_numbers=0 if description is None else description.text_numbers,
+        windows=windows,
+        processes=processes,
+        index=index,
+        progress=progress,
+    )
+    return DataScan(discovery, placements, validation_placements, seed, made)
 
 
 def _model_lines(description: ModelDescription) -> Iterator[str]:
     sizes = ", ".join(f"{name} {value}" for name, value in description.sizes.items())
     yield f"model: {description.title}, {description.parameters:,} parameters in the denoiser ({sizes})"
-
-
-def _plan_lines(config: RunConfig, discovery: Discovery, seed: int, largest_side: int | None) -> Iterator[str]:
-    step = family_options(config.family_name).RESOLUTION_STEP
-    samples, datasets = discovery.samples, config.datasets
-    placements = place_all(samples, datasets, step, largest_side)
-    for number, dataset in enumerate(datasets):
-        buckets: Counter[str] = Counter()
-        for sample, placement in zip(samples, placements):
-            if sample.dataset == number:
-                buckets[str(placement.bucket)] += sample.num_repeats
-        pictures = sum(sample.dataset == number for sample in samples)
-        visits = sum(buckets.values())
-        listed = ", ".join(f"{bucket} ({visits})" for bucket, visits in sorted(buckets.items()))
-        yield (
-            f"datasets[{number}]: {pictures} pictures at {dataset.resolution}, {visits} visits per epoch in "
-            f"batches of {dataset.batch_size}; buckets (visits): {listed}"
-        )
-    if discovery.validation:
-        yield f"validation: {len(discovery.validation)} pictures held out"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = config.training.gradient_accumulation_steps
-    plan = BatchPlan(samples, placements, datasets, seed=seed, micro_batches_per_step=processes * accumulation)
-    epochs = config.training.max_train_epochs
-    steps = config.training.max_train_steps if epochs is None else epochs * plan.steps_per_epoch
-    shared = f"{_counted(processes, 'process', 'processes')}, {_counted(accumulation, 'micro-batch', 'micro-batches')}"
-    yield (
-        f"steps: {steps} optimizer steps, {plan.steps_per_epoch} per epoch, {steps / plan.steps_per_epoch:.4g} epochs; "
-        f"{shared} per step each"
-    )
-
-
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"

@@ -1,5 +1,6 @@
 """Sizes of the models that tests train."""
 
+from tools.miniature_sana import SanaSizes
 from tools.miniature_sd3 import Sd3Sizes
 
 TINY_SD3 = Sd3Sizes(
@@ -15,4 +16,13 @@ TINY_SD3 = Sd3Sizes(
     t5_hidden=96,
     t5_depth=1,
     vae_widths=(32, 32, 64, 64),
+)
+
+TINY_SANA = SanaSizes(
+    depth=3,
+    width=64,
+    gemma_width=64,
+    gemma_depth=1,
+    gemma_hidden=96,
+    vae_widths=(8, 8, 16, 32, 32, 32),
 )

@@ -22,10 +22,17 @@ class FlowMatching:
     Attributes:
         flow: Which noise levels are trained, and their weights.
         loss_options: How a difference is measured.
+        levels: Entries of the table that noise levels come from before the shift, where the denoiser is told
+            ``levels * sigma`` without its fraction; None: any level.
     """
 
     flow: FlowConfig
     loss_options: LossConfig
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.flow.training_shift is None and not self.flow.flow_schedule_auto_shift:
+            raise ValueError("training_shift is None: the family must put its own shift there")
 
     def sigmas(self, uniform: Tensor, *, tokens: int) -> Tensor:
         """Noise levels (B,), fp32, in (0, 1].
@@ -41,10 +48,18 @@ class FlowMatching:
             u = timesteps.mode(u, self.flow.mode_scale)
         elif self.flow.density == "sigmoid":
             u = timesteps.logit_normal(u, 0.0, self.flow.sigmoid_scale)
-        automatic = self.flow.flow_schedule_auto_shift
-        u = timesteps.shift(u, timesteps.shift_for_tokens(tokens) if automatic else self.flow.training_shift)
+        if self.levels is not None:
+            u = timesteps.table_level(u, self.levels)
+        u = timesteps.shift(u, self._shift(tokens))
         low, high = self.flow.sigma_range
-        return (low + (high - low) * u).clamp(timesteps.SMALLEST_SIGMA, 1.0).float()
+        sigma = (low + (high - low) * u).clamp(timesteps.SMALLEST_SIGMA, 1.0)
+        return sigma.float() if self.levels is None else timesteps.truncating(sigma, self.levels)
+
+    def _shift(self, tokens: int) -> float:
+        if self.flow.flow_schedule_auto_shift:
+            return timesteps.shift_for_tokens(tokens)
+        assert self.flow.training_shift is not None
+        return self.flow.training_shift
 
     def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor) -> NoisedLatents:
         """The noised latents, fp32.
@@ -59,16 +74,27 @@ class FlowMatching:
         s = sigma.view(-1, 1, 1, 1)
         return NoisedLatents(x_t=(1 - s) * x_0 + s * noise, sigma=sigma, x_0=x_0, noise=noise)
 
-    def loss(self, prediction: Tensor, noised: NoisedLatents) -> Tensor:
+    def target(self, noised: NoisedLatents) -> Tensor:
+        """The velocity (B, C, h, w) that leads to the clean latents, fp32.
+
+        Args:
+            noised: Noised latents with ``x_0`` and ``noise``.
+        """
+        if noised.x_0 is None or noised.noise is None:
+            raise ValueError("the velocity needs x_0 and noise of the noised latents, but they are None")
+        return noised.noise.float() - noised.x_0.float()
+
+    def loss(self, prediction: Tensor, noised: NoisedLatents, target: Tensor | None = None) -> Tensor:
         """Loss per element (B, C, h, w), fp32, weighted by noise level.
 
         Args:
             prediction: The denoiser's velocity (B, C, h, w).
-            noised: What it was asked about, with ``x_0`` and ``noise``.
+            noised: What it was asked about.
+            target: The velocity that it should have answered (B, C, h, w); by default ``target(noised)``.
         """
-        if noised.x_0 is None or noised.noise is None:
-            raise ValueError("the loss needs x_0 and noise of the noised latents, but they are None")
-        velocity_error = prediction.float() - (noised.noise.float() - noised.x_0.float())
+        if target is None:
+            target = self.target(noised)
+        velocity_error = prediction.float() - target.float()
         if self.flow.weighting_scheme == "sigma_sqrt" and self.loss_options.loss_type == "l2":
             return velocity_error**2  # sigma^2 and sigma^-2 cancel; multiplying both would lose digits at small sigma
         sigma = noised.sigma.float().view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Loss per element, with kohya's formulas: they compare estimates of x_0."""
+"""Loss per element, with kohya's formulas: they compare estimates of x_0. And what masks make of it."""
 
 import math
 
@@ -63,3 +63,24 @@ def elementwise(config: LossConfig, difference: Tensor, sigma: Tensor) -> Tensor
     squared = difference**2
     pseudo_huber = 2 * squared / (torch.sqrt(squared + c**2) + c)
     return c * pseudo_huber if config.loss_type == "huber" else pseudo_huber
+
+
+def masked_mean(per_element: Tensor, mask: Tensor | None, *, normalize: bool) -> Tensor:
+    """This gives the loss of each sample.
+
+    Args:
+        per_element: The loss of each element (B, C, h, w).
+        mask: Its weight (B, 1, h, w), or None: 1 everywhere.
+        normalize: Divide each sample's loss by the mean of its mask, so that the size of the masked area doesn't
+            matter. A mask that is zero everywhere gives 0.
+
+    Returns:
+        The mean over all of a sample's elements (B,).
+    """
+    if mask is None:
+        return per_element.mean(dim=(1, 2, 3))
+    weighted = (per_element * mask).mean(dim=(1, 2, 3))
+    if not normalize:
+        return weighted
+    area = mask.mean(dim=(1, 2, 3))
+    return weighted / torch.where(area > 0, area, 1)

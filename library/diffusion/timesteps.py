@@ -42,6 +42,40 @@ def mode(u: Tensor, scale: float) -> Tensor:
     return u - scale * (torch.sin(math.pi * u / 2) ** 2 - u)
 
 
+def table_level(u: Tensor, levels: int) -> Tensor:
+    """This takes the nearest level below from a table of evenly spaced ones, 0 to 1 - 1 / ``levels``.
+
+    The table is the one of discrete flow schedules, ``1 - linspace(1, 1 / levels, levels)``, with its rounding.
+
+    Args:
+        u: Noise levels in 0..1, fp64.
+        levels: Entries of the table.
+
+    Returns:
+        Noise levels, of the shape of ``u``.
+    """
+    index = torch.floor(u * levels).clamp(max=levels - 1)
+    return 1.0 - (1.0 + index * ((1 / levels - 1.0) / (levels - 1)))
+
+
+def truncating(sigma: Tensor, levels: int) -> Tensor:
+    """This rounds noise levels to fp32 so that the integer part of ``levels * sigma`` is the same as before.
+
+    A level that rounding would carry over a whole number moves by a few last places instead.
+
+    Args:
+        sigma: Noise levels, fp64.
+        levels: What they are multiplied by, in fp32, before they are truncated.
+
+    Returns:
+        Noise levels, fp32, of the shape of ``sigma``.
+    """
+    rounded = sigma.float()
+    wanted, got = torch.floor(sigma * levels), torch.floor(rounded * levels)
+    # two eps: of one, half may be lost again in the product
+    return rounded * (1 + torch.sign(wanted - got.double()).float() * 2 * torch.finfo(torch.float32).eps)
+
+
 def shift(sigma: Tensor, factor: float) -> Tensor:
     """This moves noise levels up (factor above 1) or down (Esser et al. 2024, arXiv:2403.03206, eq. 23).
 

@@ -1,17 +1,15 @@
-"""Fills a store with what training will ask for: latents of pictures, features of captions.
+"""Fills a store with what training will ask for: latents and masks of pictures, features of captions.
 
-Only what is missing is encoded, each key once. Pictures are read ahead by threads and results are written by another,
-so that the device is kept busy. Entries hold exactly what the encoder returned, in its type: a run trains on the same
-bytes whether they come from memory or from disk, and no rounding is added to what an encoder in the step would give.
+Only what is missing is made, each key once. Files are read ahead by threads and results are written by another, so that
+the device is kept busy. Entries hold exactly what the encoder returned, in its type: a run trains on the same bytes
+whether they come from memory or from disk, and no rounding is added to what an encoder in the step would give.
 """
 
 import contextlib
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,16 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.config.errors import ConfigError
-from library.data.buckets import Placement
-from library.data.cache_keys import LATENTS, latent_key, text_key
-from library.data.images import load_pixels
-from library.data.store import NonFiniteEntry, TensorStore
-from library.records import Sample, TensorRecord
+from library.data.cache_keys import LATENTS, MASK, text_key
+from library.data.store import TensorStore
+from library.records import TensorRecord, stack_rows
+from library.training.read_pictures import LatentItem, Loaded, Task, read_ahead
+from library.training.write_behind import Entries, write_behind
 
 T = TypeVar("T")
 
-_MOST_READERS = 8
-_WRITES_UNDER_WAY = 2  # batches of results that may wait to be written, and so stay on the device
+_MOST_TOGETHER = 256  # masks alone are written in such batches
 
 
 class Processes(Protocol):
@@ -50,122 +47,88 @@ class Processes(Protocol):
 
 
 @dataclass(frozen=True)
-class LatentItem:
-    """A picture whose latents are wanted.
-
-    Attributes:
-        key: Of the entry in the store.
-        path: The picture's file.
-        placement: How it is resized and cropped.
-        flipped: Whether it is mirrored.
-    """
-
-    key: str
-    path: str
-    placement: Placement
-    flipped: bool = False
-
-    @classmethod
-    def of(
-        cls, sample: Sample, content: str, placement: Placement, *, flipped: bool, signature: Mapping[str, str]
-    ) -> "LatentItem":
-        """The item of a sample whose file has the hash ``content``; ``signature`` is the VAE's."""
-        return cls(latent_key(content, placement, flipped, signature), sample.path, placement, flipped)
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return self.path + (" (mirrored)" if self.flipped else "")
-
-
-@dataclass(frozen=True)
 class CacheCounts:
     """What a store held and what was added.
 
     Attributes:
-        present: Wanted entries that were there.
-        encoded: Entries that this process encoded.
+        present: Wanted entries of latents or text that were there.
+        encoded: Entries of them that this process encoded.
+        bad: Content of a picture or mask that can't be decoded -> why, of all processes.
     """
 
     present: int
     encoded: int
+    bad: Mapping[str, str] = field(default_factory=dict)
 
 
 def cache_latents(
-    store: TensorStore,
-    items: Iterable[LatentItem],
+    latents: TensorStore,
+    masks: TensorStore,
+    items: Sequence[LatentItem],
     encode: Callable[[Tensor], Tensor],
     *,
     batch_size: int,
     accelerator: Processes,
-    load: Callable[[str, Placement, bool], Tensor] = load_pixels,
 ) -> CacheCounts:
-    """Encodes the pictures whose latents the store doesn't have.
+    """Encodes the pictures whose latents the store doesn't have, and makes the masks that theirs doesn't.
+
+    Pictures and masks that can't be decoded are left out and listed in what is returned; everything else is done.
 
     A store that the processes share is filled by all of them, each with its share; a store in memory is filled by every
     process for itself, since each will need every picture. All processes must call this; it returns when all are done.
 
     Args:
-        store: Where latents are kept. It is flushed, not closed.
-        items: What is wanted; equal keys are encoded once.
+        latents: Where latents are kept. It is flushed, not closed.
+        masks: Where masks are kept, likewise.
+        items: What is wanted; equal keys are made once.
         encode: Pictures (B, 3, H, W) in -1..1, on the CPU, to latents (B, C, h, w) on any device.
         batch_size: Pictures encoded at once.
         accelerator: The processes.
-        load: Path, placement and mirroring to a picture (3, H, W).
-
-    Returns:
-        The counts.
 
     Raises:
-        ConfigError: Latents are not finite, the device's memory is too small for ``batch_size``, or the disk is full.
+        ConfigError: A file is gone or changed, latents are not finite, the device's memory is too small for
+            ``batch_size``, or the disk is full. What was encoded by then is kept.
     """
-    wanted = {item.key: item for item in items}
-    missing = store.missing(wanted)
-    mine = [wanted[key] for key in _own_share(missing, store, accelerator)]
-    # The largest first: if memory is short, it shows at once. Copies of one file lie side by side, for the disk's sake.
-    mine.sort(key=lambda item: (-item.placement.bucket.area, item.placement.bucket, item.path, item.flipped))
-    batches = list(_batches(mine, batch_size, lambda item: item.placement.bucket))
+    missing = latents.missing(dict.fromkeys(item.key for item in items))
+    missing_masks = masks.missing(dict.fromkeys(item.mask_key for item in items if item.mask is not None))
+    tasks = _own_share(
+        _tasks(items, set(missing), set(missing_masks)), lambda task: task.item.content, latents, accelerator
+    )
+    tasks.sort(key=Task.order)
+    encoded, bad = 0, dict[str, str]()
+    titles = {task.item.key: task.item.title for task in tasks}
 
-    def read(item: LatentItem) -> Tensor:
-        try:
-            return load(item.path, item.placement, item.flipped)
-        except OSError as error:
-            raise ConfigError(
-                f"{item.path} can't be read any more: {error}. Put it back, or start the run again"
-            ) from error
-
-    pictures = _read_ahead(read, batches)
-
-    def encode_batch(batch: Sequence[LatentItem]) -> Mapping[str, Tensor]:
-        pixels = torch.stack(next(pictures))
-        try:
-            return {LATENTS: encode(pixels)}
-        except torch.OutOfMemoryError as error:
-            remedy = f"lower --vae_batch_size {batch_size}" if batch_size > 1 else "lower the dataset's resolution"
-            raise ConfigError(
-                f"out of memory while encoding {len(batch)} pictures of {batch[0].placement.bucket} at once; {remedy}"
-            ) from error
-
-    titles = {item.key: item.title for item in mine}
-    with contextlib.closing(pictures):
-        _fill(
-            store,
-            [(batch, [item.key for item in batch]) for batch in batches],
-            encode_batch,
-            _bar("latents", "img", len(wanted) - len(missing), len(mine), accelerator),
-            lambda key: (
-                f"the VAE's answer for {titles[key]} has numbers that are not finite; run it in fp32 with "
-                "--no_half_vae, or look at this picture"
-            ),
+    def explain(key: str) -> str:
+        return (
+            f"the VAE's answer for {titles[key]} has numbers that are not finite; run it in fp32 with --no_half_vae, "
+            "or look at this picture"
         )
+
+    present = len({item.key for item in items}) - len(missing)
+    to_encode = sum(task.latents for task in tasks)
+    what = f"latents: {present} cached, {to_encode} to encode"
+    if to_encode < len(tasks):
+        what += f"; masks: {len(tasks) - to_encode} more to make"
+    bar = _bar(what, "img", len(tasks), accelerator)
+    loaded = read_ahead(tasks, batch_size)
+    with bar, contextlib.closing(loaded), write_behind(explain, latents, masks) as write:
+        for batch in _batches(loaded, batch_size, bar):
+            if any(one.mask is not None for one in batch):
+                write(masks, functools.partial(_masks_of, batch))
+            whole = [one for one in batch if one.pixels is not None]
+            if whole:
+                write(latents, _encode_pictures(whole, encode, batch_size))
+            encoded += len(whole)
+            bad.update(problem for one in batch for problem in one.bad.items())
     accelerator.wait_for_everyone()
-    return CacheCounts(len(wanted) - len(missing), len(mine))
+    return CacheCounts(present, encoded, _of_all(bad, accelerator))
 
 
 def cache_texts(
     store: TensorStore,
     captions: Iterable[str],
     encode: Callable[[Sequence[str]], TensorRecord],
+    pack: Callable[[TensorRecord, int], Mapping[str, Tensor]],
     *,
     signature: Mapping[str, str],
     batch_size: int,
@@ -179,128 +142,129 @@ def cache_texts(
         store: Where features are kept. It is flushed, not closed.
         captions: What is wanted; equal captions are encoded once.
         encode: Captions to features (B, ...) on any device.
+        pack: Features, on the CPU, and a row -> what is stored for it.
         signature: Everything besides the caption that shapes the features.
         batch_size: Captions encoded at once.
         accelerator: The processes.
-
-    Returns:
-        The counts.
 
     Raises:
         ConfigError: Features are not finite, the device's memory is too small for ``batch_size``, or the disk is full.
     """
     wanted = {text_key(caption, signature): caption for caption in ("", *captions)}
     missing = store.missing(wanted)
-    mine = _own_share(missing, store, accelerator)
-    batches = list(_batches(mine, batch_size, lambda key: None))
+    mine = _own_share(missing, lambda key: key, store, accelerator)
+    present = len(wanted) - len(missing)
 
-    def encode_batch(batch: Sequence[str]) -> Mapping[str, Tensor]:
-        try:
-            return encode([wanted[key] for key in batch]).tensors()
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"out of memory while encoding {len(batch)} captions at once; lower --text_encoder_batch_size "
-                f"{batch_size}, or let the text encoders run in --mixed_precision bf16"
-            ) from error
-
-    _fill(
-        store,
-        [(batch, batch) for batch in batches],
-        encode_batch,
-        _bar("text features", "caption", len(wanted) - len(missing), len(mine), accelerator),
-        lambda key: (
+    def explain(key: str) -> str:
+        return (
             f"the text encoders' answer for the caption {wanted[key]!r} has numbers that are not finite; try another "
             "--mixed_precision (T5 overflows in fp16), or look at this caption"
-        ),
-    )
+        )
+
+    bar = _bar(f"text features: {present} cached, {len(mine)} to encode", "caption", len(mine), accelerator)
+    with bar, write_behind(explain, store) as write:
+        for start in range(0, len(mine), batch_size):
+            keys = mine[start : start + batch_size]
+            try:
+                with torch.no_grad():
+                    text = encode([wanted[key] for key in keys])
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"out of memory while encoding {len(keys)} captions at once; lower --text_encoder_batch_size "
+                    f"{batch_size}, or let the text encoders run in --mixed_precision bf16"
+                ) from error
+            write(store, functools.partial(_packed, text, keys, pack))
+            bar.update(len(keys))
     accelerator.wait_for_everyone()
-    return CacheCounts(len(wanted) - len(missing), len(mine))
+    return CacheCounts(present, len(mine))
 
 
-def _own_share(missing: Sequence[str], store: TensorStore, accelerator: Processes) -> list[str]:
-    """The keys that this process encodes.
+def _tasks(items: Sequence[LatentItem], missing: set[str], missing_masks: set[str]) -> Iterator[Task]:
+    """What is to be made, each key once; the sets are emptied on the way."""
+    for item in items:
+        task = Task(item, item.key in missing, item.mask_key in missing_masks)
+        if task.latents or task.mask:
+            missing.discard(item.key)
+            missing_masks.discard(item.mask_key)
+            yield task
 
-    Shares follow from the key alone: when another process has begun to write before this one looked, what is missing
-    differs between them, but nothing is left out or done twice.
+
+def _own_share(work: Iterable[T], identity: Callable[[T], str], store: TensorStore, accelerator: Processes) -> list[T]:
+    """The part of the work that this process does.
+
+    Shares follow from an identity, a hash in hexadecimal, alone: when another process has begun to write before this
+    one looked, what is missing differs between them, but nothing is left out or done twice.
     """
     if not store.shared:
-        return list(missing)
+        return list(work)
     count, rank = accelerator.num_processes, accelerator.process_index
-    return [key for key in missing if int(key[:8], 16) % count == rank]
+    return [one for one in work if int(identity(one)[:8], 16) % count == rank]
 
 
-def _batches(items: Sequence[T], size: int, group: Callable[[T], object]) -> Iterator[Sequence[T]]:
-    """Runs of at most ``size`` neighbours of one group."""
-    start = 0
-    for end in range(1, len(items) + 1):
-        if end == len(items) or end - start == size or group(items[end]) != group(items[start]):
-            yield items[start:end]
-            start = end
+def _batches(loaded: Iterable[Loaded], size: int, bar: tqdm) -> Iterator[list[Loaded]]:
+    """Batches of one resolution with ``size`` pictures to encode, and what else was read on the way."""
+    for _, same_size in groupby(loaded, key=lambda one: one.task.item.placement.bucket):
+        batch: list[Loaded] = []
+        pictures = 0
+        for one in same_size:
+            batch.append(one)
+            pictures += one.pixels is not None
+            if pictures == size or len(batch) - pictures >= _MOST_TOGETHER:
+                yield batch
+                bar.update(len(batch))
+                batch, pictures = [], 0
+        if batch:
+            yield batch
+            bar.update(len(batch))
 
 
-def _read_ahead(load: Callable[[T], Tensor], batches: Sequence[Sequence[T]]) -> Generator[list[Tensor], None, None]:
-    """The items of each batch, loaded by threads a batch or more ahead."""
-    if not batches:
-        return
-    readers = min(_MOST_READERS, os.cpu_count() or 1)
-    items = (item for batch in batches for item in batch)
-    with ThreadPoolExecutor(readers, thread_name_prefix="read") as pool:
-        try:
-            loading = deque(pool.submit(load, item) for item in islice(items, len(batches[0]) + 2 * readers))
-            for batch in batches:
-                loaded = []
-                for _ in batch:
-                    loaded.append(loading.popleft().result())
-                    loading.extend(pool.submit(load, item) for item in islice(items, 1))
-                yield loaded
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _masks_of(batch: Sequence[Loaded]) -> Entries:
+    return {one.task.item.mask_key: {MASK: one.placed(one.mask)} for one in batch if one.mask is not None}
 
 
-def _bar(what: str, unit: str, present: int, to_do: int, accelerator: Processes) -> tqdm:
+def _encode_pictures(
+    batch: Sequence[Loaded], encode: Callable[[Tensor], Tensor], batch_size: int
+) -> Callable[[], Entries]:
+    """Latents, as what to write: they are taken from the device by whoever writes them."""
+    pixels = stack_rows([one.placed(one.pixels) for one in batch if one.pixels is not None])
+    try:
+        with torch.no_grad():
+            encoded = encode(pixels)
+    except torch.OutOfMemoryError as error:
+        remedy = f"lower --vae_batch_size {batch_size}" if batch_size > 1 else "lower the dataset's resolution"
+        bucket = batch[0].task.item.placement.bucket
+        raise ConfigError(
+            f"out of memory while encoding {len(batch)} pictures of {bucket} at once; {remedy}"
+        ) from error
+
+    def entries() -> Entries:
+        return {one.task.item.key: {LATENTS: row} for one, row in zip(batch, encoded.detach().cpu())}
+
+    return entries
+
+
+def _packed(
+    text: TensorRecord, keys: Sequence[str], pack: Callable[[TensorRecord, int], Mapping[str, Tensor]]
+) -> Entries:
+    on_host = text.from_tensors({name: tensor.detach().cpu() for name, tensor in text.tensors().items()})
+    return {key: pack(on_host, row) for row, key in enumerate(keys)}
+
+
+def _of_all(bad: Mapping[str, str], accelerator: Processes) -> Mapping[str, str]:
+    """The bad pictures of all processes."""
+    if accelerator.num_processes == 1 or not torch.distributed.is_initialized():
+        return bad
+    parts: list[Mapping[str, str]] = [{} for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather_object(parts, bad)
+    return {content: problem for part in parts for content, problem in part.items()}
+
+
+def _bar(what: str, unit: str, to_do: int, accelerator: Processes) -> tqdm:
     """A progress bar on the first process, when there is something to do."""
     return tqdm(
         total=to_do,
-        desc=f"{what}: {present} cached, {to_do} to encode",
+        desc=what,
         unit=unit,
         disable=to_do == 0 or accelerator.process_index != 0,
         dynamic_ncols=True,
     )
-
-
-def _fill(
-    store: TensorStore,
-    batches: Iterable[tuple[Sequence[T], Sequence[str]]],
-    encode: Callable[[Sequence[T]], Mapping[str, Tensor]],
-    bar: tqdm,
-    explain: Callable[[str], str],
-) -> None:
-    """Encodes batch after batch, given with its keys, and writes the results in the background.
-
-    What was encoded is kept when something fails or the user stops the run.
-    """
-    with bar, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        writing: deque[Future[None]] = deque()
-        try:
-            for batch, keys in batches:
-                with torch.no_grad():
-                    encoded = encode(batch)
-                writing.append(writer.submit(_write, store, keys, encoded, explain))
-                while len(writing) > _WRITES_UNDER_WAY:
-                    writing.popleft().result()
-                bar.update(len(batch))
-            while writing:
-                writing.popleft().result()
-        finally:
-            writer.shutdown(wait=True)
-            store.flush()
-
-
-def _write(
-    store: TensorStore, keys: Sequence[str], encoded: Mapping[str, Tensor], explain: Callable[[str], str]
-) -> None:
-    rows = {name: tensor.detach().cpu() for name, tensor in encoded.items()}
-    try:
-        store.write({key: {name: tensor[row] for name, tensor in rows.items()} for row, key in enumerate(keys)})
-    except NonFiniteEntry as error:
-        raise ConfigError(explain(error.key)) from error

@@ -226,7 +226,7 @@ def remove_old(run: Run, done: int) -> None:
         return
     saving = run.config.saving
     stem = re.escape(saving.output_name)
-    epoch = done // run.plan.steps_per_epoch
+    epoch = run.plan.epoch_of(done)  # counted from 0: so many are complete
     limits = (
         (rf"{stem}-step(\d{{8}})(_diffusers)?\.safetensors", saving.save_last_n_steps, done),
         (rf"{stem}-(\d{{6}})(_diffusers)?\.safetensors", saving.save_last_n_epochs, epoch),

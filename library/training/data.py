@@ -3,9 +3,8 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,15 +13,17 @@ from tqdm import tqdm
 
 from library.config.run import RunConfig
 from library.data.buckets import Placement, place_all
-from library.data.captions import possible_captions
+from library.data.captions import caption_versions
 from library.data.discovery import Discovery, discover
 from library.data.file_index import FileIndex
 from library.data.loader import BatchReader, make_loader
 from library.data.plan import BatchPlan, MicroBatch
 from library.data.store import MemoryStore, PackedStore, TensorStore
 from library.families.protocols import ModelFamily, TextEncodingStrategy
-from library.records import Batch, Sample
-from library.training.caching import LatentItem, cache_latents, cache_texts
+from library.io.places import join
+from library.records import Batch, Sample, TensorRecord
+from library.training.caching import cache_latents, cache_texts
+from library.training.read_pictures import LatentItem
 from library.training.validation import Validation
 
 
@@ -40,11 +41,6 @@ class TrainingData:
     placements: tuple[Placement, ...]
     validation_placements: tuple[Placement, ...]
 
-    @property
-    def contents(self) -> Mapping[str, str]:
-        """File path -> content hash."""
-        return self.discovery.contents
-
     def buckets(self, dataset: int) -> dict[str, int]:
         """Resolution -> visits per epoch, for one dataset."""
         counts: Counter[str] = Counter()
@@ -55,9 +51,11 @@ class TrainingData:
 
 
 def find_data(config: RunConfig, seed: int, *, resolution_step: int, largest_side: int | None = None) -> TrainingData:
-    """Look at every picture once: sizes, content hashes, captions, buckets."""
-    folder = config.cache_dir
-    os.makedirs(folder, exist_ok=True)
+    """Look at every file once: sizes, content hashes, captions, masks; and choose the buckets.
+
+    Pictures whose latents are cached are decoded then, and not here.
+    """
+    os.makedirs(config.local_cache_dir, exist_ok=True)
     with tqdm(desc="looking at new pictures", unit="img", dynamic_ncols=True, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -66,9 +64,11 @@ def find_data(config: RunConfig, seed: int, *, resolution_step: int, largest_sid
 
         discovery = discover(
             config.datasets,
-            FileIndex(os.path.join(folder, "files.sqlite")),
+            file_index(config),
             skip_bad_images=config.data.skip_bad_images,
             validation_seed=config.data.validation_seed if config.data.validation_seed is not None else seed,
+            decode=not config.caching.cache_latents,
+            near_duplicates=config.data.report_near_duplicates,
             progress=progress,
         )
 
@@ -78,39 +78,61 @@ def find_data(config: RunConfig, seed: int, *, resolution_step: int, largest_sid
     return TrainingData(discovery, placed(discovery.samples), placed(discovery.validation))
 
 
+def file_index(config: RunConfig) -> FileIndex:
+    """What is known about the files of all runs that share the cache."""
+    return FileIndex(os.path.join(config.local_cache_dir, "files.sqlite"))
+
+
 def open_store(config: RunConfig, name: str, *, on_disk: bool) -> TensorStore:
-    """The packed store called ``name`` in the cache folder, or one in memory."""
-    return PackedStore(os.path.join(config.cache_dir, name)) if on_disk else MemoryStore()
+    """The packed store called ``name`` in the cache, or one in memory."""
+    return PackedStore(join(config.cache_dir, name), config.local_cache_dir) if on_disk else MemoryStore()
 
 
 def fill_latents(
     config: RunConfig,
     data: TrainingData,
-    store: TensorStore,
+    latents: TensorStore,
+    masks: TensorStore,
     family: ModelFamily,
     vae: Callable[[], nn.Module],
     signature: Mapping[str, str],
     accelerator: Accelerator,
-) -> None:
-    """Encode every picture whose latents are not in the store, mirrored too where its subset flips.
+) -> Mapping[str, str]:
+    """Encode every picture whose latents are not in the store, mirrored too where its subset flips; and make masks.
 
     ``vae`` gives the VAE; it is asked only when something is missing.
+
+    Returns:
+        Content of pictures and masks that can't be decoded -> why, of all processes. All others are stored.
     """
-    items = []
+    items = list(latent_items(config, data, family, signature))
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        dtype = next(vae().parameters()).dtype
+        return family.latents.encode(vae(), pixels.to(accelerator.device, dtype))
+
+    batch_size = config.caching.vae_batch_size
+    return cache_latents(latents, masks, items, encode, batch_size=batch_size, accelerator=accelerator).bad
+
+
+def latent_items(
+    config: RunConfig, data: TrainingData, family: ModelFamily, signature: Mapping[str, str]
+) -> Iterator[LatentItem]:
+    """Every picture whose latents training and validation can ask for; ``signature`` is the VAE's."""
     train = zip(data.discovery.samples, data.placements)
     held_out = zip(data.discovery.validation, data.validation_placements)
     for samples, may_flip in ((train, True), (held_out, False)):
         for sample, placement in samples:
             subset = config.datasets[sample.dataset].subsets[sample.subset]
             for flipped in (False, True) if may_flip and subset.flip_aug else (False,):
-                content = data.contents[sample.path]
-                items.append(LatentItem.of(sample, content, placement, flipped=flipped, signature=signature))
-
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        dtype = next(vae().parameters()).dtype
-        return family.latents.encode(vae(), pixels.to(accelerator.device, dtype))
-
-    cache_latents(store, items, encode, batch_size=config.caching.vae_batch_size, accelerator=accelerator)
+                yield LatentItem.of(
+                    sample,
+                    subset,
+                    placement,
+                    flipped=flipped,
+                    stride=family.latents.format.stride,
+                    signature=signature,
+                )
 
 
 def latent_signature(family: ModelFamily, dtype: torch.dtype) -> dict[str, str]:
@@ -139,26 +161,34 @@ def fill_texts(
     The empty caption is always among them. ``encoders`` gives the text encoders; it is asked only when something is
     missing.
     """
-    captions = {""}
-    for sample in (*data.discovery.samples, *data.discovery.validation):
-        possible = possible_captions(sample.captions, config.datasets[sample.dataset].subsets[sample.subset])
-        assert possible is not None, "the configuration refuses cached text for captions that change at every visit"
-        captions.update(possible)
 
-    def encode(batch: Sequence[str]) -> Any:
+    def encode(batch: Sequence[str]) -> TensorRecord:
         with accelerator.autocast():
             return text.encode(encoders(), text.tokenize(batch).to(accelerator.device))
 
     # Prompts apart: a batch's company moves the last bits, and samples must not change the training.
-    for wanted in (sorted(captions), prompts):
+    for wanted in (sorted(captions_of(config, data.discovery)), prompts):
         cache_texts(
             store,
             wanted,
             encode,
+            text.pack,
             signature=signature,
             batch_size=config.caching.text_encoder_batch_size,
             accelerator=accelerator,
         )
+
+
+def captions_of(config: RunConfig, discovery: Discovery) -> set[str]:
+    """Every caption that training and validation can ask a store of text features for."""
+    captions = {""}
+    for sample in discovery.samples:
+        subset = config.datasets[sample.dataset].subsets[sample.subset]
+        captions.update(caption_versions(sample.captions, subset, config.caching.caption_variants))
+    calm = [dataset.without_augmentation() for dataset in config.datasets]
+    for sample in discovery.validation:  # visited as its first visit, always
+        captions.update(caption_versions(sample.captions, calm[sample.dataset].subsets[sample.subset], 1))
+    return captions
 
 
 def own_micro_batches(
@@ -171,8 +201,8 @@ def own_micro_batches(
 
 def loader(
     config: RunConfig, reader: BatchReader, micro_batches: Iterable[MicroBatch], accelerator: Accelerator
-) -> Iterator[Batch]:
-    """Batches made in worker processes ahead of the step."""
+) -> Generator[Batch, None, None]:
+    """Batches made ahead of the step by other threads or processes."""
     return make_loader(
         reader,
         micro_batches,
@@ -189,10 +219,9 @@ def make_validation(config: RunConfig, data: TrainingData, reader: BatchReader, 
         return None
     datasets = tuple(dataset.without_augmentation() for dataset in config.datasets)
     plan = BatchPlan(samples, data.validation_placements, datasets, seed=seed, micro_batches_per_step=1)
-    steps = plan.steps_per_epoch
-    limit = config.validation.max_validation_steps
-    micro_batches = [plan.step(step)[0] for step in range(min(steps, limit) if limit else steps)]
-    plain_reader = dataclasses.replace(
+    limit = config.validation.max_validation_steps or plan.steps_per_epoch
+    micro_batches = [plan.step(step)[0] for step in range(min(plan.steps_per_epoch, limit))]
+    measuring = dataclasses.replace(
         reader, samples=samples, placements=data.validation_placements, datasets=datasets, seed=seed
     )
-    return Validation(plain_reader, micro_batches, seed)
+    return Validation(measuring, micro_batches, seed)

@@ -49,11 +49,13 @@ class LatentSide:
     Attributes:
         vae: On the device when latents are encoded in the step, on the host when only samples need it, else None.
         store: Cached latents, or None.
+        masks: Cached loss masks, or None.
         signature: Of the cached latents.
     """
 
     vae: nn.Module | None
     store: TensorStore | None = None
+    masks: TensorStore | None = None
     signature: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -90,45 +92,62 @@ def prepare_text(
     return TextSide(store=store, signature=signature, prompts=stored_prompts(store, text, signature, prompts))
 
 
-def prepare_latents(
-    config: RunConfig,
-    data: TrainingData,
-    family: ModelFamily,
-    precision: Precision,
-    accelerator: Accelerator,
-    *,
-    keep: bool,
-) -> LatentSide:
-    """The VAE for the step; or, where caching was asked for, latents.
+class LatentPreparation:
+    """The VAE and the stores that it fills, until all pictures are encoded.
 
-    With caches it is loaded only when a picture is missing there, or to ``keep`` it on the host for samples.
+    With caches it is loaded only when a picture is missing there, or to keep it on the host for samples.
     """
-    dtype = torch.float32 if config.caching.no_half_vae else precision.frozen
 
-    @functools.cache
-    def vae() -> nn.Module:
-        log.info("loading the VAE")
-        return family.load_vae(device=accelerator.device, dtype=dtype)
+    def __init__(self, config: RunConfig, family: ModelFamily, precision: Precision, accelerator: Accelerator):
+        """This opens the stores, where caching was asked for, and loads nothing."""
+        self._config, self._family, self._accelerator = config, family, accelerator
+        self._dtype = torch.float32 if config.caching.no_half_vae else precision.frozen
+        self._signature = latent_signature(family, self._dtype)
+        self._store: TensorStore | None = None
+        self._masks: TensorStore | None = None
+        if config.caching.cache_latents:
+            on_disk = config.caching.cache_latents_to_disk
+            self._store, self._masks = (open_store(config, name, on_disk=on_disk) for name in ("latents", "masks"))
+        self._vae: nn.Module | None = None
 
-    if not config.caching.cache_latents:
-        return LatentSide(vae())
-    store = open_store(config, "latents", on_disk=config.caching.cache_latents_to_disk)
-    signature = latent_signature(family, dtype)
-    fill_latents(config, data, store, family, vae, signature, accelerator)
-    kept = None
-    if keep:
-        kept = vae().to("cpu") if vae.cache_info().currsize else family.load_vae(device="cpu", dtype=dtype)
-    if vae.cache_info().currsize:
-        vae.cache_clear()
-        release_memory()
-    return LatentSide(kept, store, signature)
+    def fill(self, data: TrainingData) -> Mapping[str, str]:
+        """This encodes what the stores lack of these pictures, where caching was asked for.
+
+        Returns:
+            The pictures and masks that can't be decoded, in all processes: content -> why.
+        """
+        if self._store is None or self._masks is None:
+            return {}
+        config, accelerator = self._config, self._accelerator
+        return fill_latents(
+            config, data, self._store, self._masks, self._family, self._on_the_device, self._signature, accelerator
+        )
+
+    def finish(self, *, keep: bool) -> LatentSide:
+        """What remains for the training; ``keep`` keeps a VAE on the host where the step needs none."""
+        if self._store is None:
+            return LatentSide(self._on_the_device())
+        vae, self._vae = self._vae, None
+        kept = None
+        if keep:
+            kept = self._family.load_vae(device="cpu", dtype=self._dtype) if vae is None else vae.to("cpu")
+        if vae is not None:
+            del vae
+            release_memory()
+        return LatentSide(kept, self._store, self._masks, self._signature)
+
+    def _on_the_device(self) -> nn.Module:
+        if self._vae is None:
+            log.info("loading the VAE")
+            self._vae = self._family.load_vae(device=self._accelerator.device, dtype=self._dtype)
+        return self._vae
 
 
 def stored_prompts(
     store: TensorStore, text: TextEncodingStrategy, signature: Mapping[str, str], prompts: Sequence[str]
 ) -> dict[str, TensorRecord]:
     """Features of sample prompts from the store, a row each; the empty prompt is unconditional, as in training."""
-    stored = {prompt: text.record().stack([store.read(text_key(prompt, signature))]) for prompt in prompts}
+    stored = {prompt: text.unpack([store.read(text_key(prompt, signature))]) for prompt in prompts}
     if "" in stored:
         stored[""] = text.drop(stored[""], torch.ones(1, dtype=torch.bool))
     return stored

@@ -197,9 +197,9 @@ def validate(validation: Validation, *, steps: int | None, epochs: int | None) -
         with averaged_weights(run):
             result = validation.measure(run)
         run.trainable.train()
-        run.trackers.log(
-            done, {"loss/validation": result.mean, "loss/validation_standard_error": result.standard_error}
-        )
+        numbers = {"loss/validation": result.mean, "loss/validation_standard_error": result.standard_error}
+        numbers |= {f"loss/validation/level_{number}": loss for number, loss in enumerate(result.levels, start=1)}
+        run.trackers.log(done, numbers)
         run.trackers.say(f"step {done}: validation loss {result.mean:.5f} ± {result.standard_error:.5f}")
         run.trackers.pause_clock(time.monotonic() - started)
 

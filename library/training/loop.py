@@ -7,10 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.config.errors import ConfigError
+from library.records import Batch
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
 from library.training.schedules import current_learning_rates
-from library.training.step import training_loss
+from library.training.step import MicroBatchLoss, training_loss
 
 
 class NonFiniteLoss(ConfigError):
@@ -31,26 +32,44 @@ def train(run: Run) -> None:
 
 def optimize(run: Run, step: int) -> None:
     """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers."""
-    loss = torch.zeros((), device=run.device)
+    sums = torch.zeros(5, device=run.device)
     samples: list[str] = []
     mine, step_samples = own_share(run, step)
     for _ in range(mine):  # accumulation is data, not control flow
         batch = next(run.batches)
         share = training_loss(run, batch, step_samples=step_samples)
         run.accelerator.backward(share.loss)
-        loss += share.loss.detach()
+        sums += loss_sums(batch, share)
         samples.extend(batch.keys)
     parameters = run.parameters
     sum_gradients(parameters, run.accelerator)
     norm = gradient_norm(run, parameters)
-    loss = run.accelerator.reduce(loss, reduction="sum")
+    loss, *of_kinds = run.accelerator.reduce(sums, reduction="sum").tolist()
     rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
-    run.step_numbers = {"loss": loss.item(), "gradient_norm": norm.item()}
+    run.step_numbers = {"loss": loss, "gradient_norm": norm.item()}
+    for name, total, count in zip(("loss/regularisation", "loss/prior"), of_kinds[::2], of_kinds[1::2]):
+        if count:
+            run.step_numbers[name] = total / count
     run.step_numbers.update({f"lr/{name}": rate for name, rate in rates.items()})
     refuse_non_finite(run, step, samples)
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
+
+
+def loss_sums(batch: Batch, share: MicroBatchLoss) -> Tensor:
+    """What a micro-batch adds to the step's numbers (5,), on the device.
+
+    First its share of the loss; then, of the samples that the base model teaches and of regularisation pictures: the
+    sum of their losses before they are weighted, and how many they are.
+    """
+    sums = torch.zeros(5, device=share.loss.device)
+    sums[0] = share.loss.detach()
+    for place, rows in ((1, batch.taught), (3, batch.prior)):
+        if rows is not None:
+            rows = rows.to(sums.device, non_blocking=True)
+            sums[place], sums[place + 1] = share.per_sample.where(rows, 0).sum(), rows.sum()
+    return sums
 
 
 def own_share(run: Run, step: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.config.dataset import DatasetConfig
+from library.config.dataset import DatasetConfig, SubsetConfig
 from library.config.options import acting_metadata
 from library.config.run import RunConfig
 from library.config.saving import thumbnail_address
@@ -19,6 +19,28 @@ from library.records import ModelDescription, Sample
 from library.training.run import Run
 
 MODELSPEC = "1.0.1"
+
+_ACTING = (
+    "color_aug",
+    "flip_aug",
+    "random_crop",
+    "face_crop_aug_range",
+    "resize_interpolation",
+    "shuffle_caption",
+    "keep_tokens",
+    "keep_tokens_separator",
+    "secondary_separator",
+    "enable_wildcard",
+    "caption_prefix",
+    "caption_suffix",
+    "caption_dropout_rate",
+    "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate",
+    "alpha_mask",
+    "is_regularisation_data",
+    "probability",
+)
+"""Settings that are written where a subset differs from their defaults."""
 
 
 def run_metadata(
@@ -126,22 +148,33 @@ def _dataset_facts(
         "bucket_info": {"buckets": [{"resolution": name, "count": count} for name, count in sorted(buckets.items())]},
         "subsets": [
             {
-                "image_dir": os.path.basename(subset.image_dir.rstrip("/")),
+                **_source(subset),
                 "img_count": sum(1 for sample in own if sample.subset == number),
                 "num_repeats": subset.num_repeats,
                 "is_reg": subset.is_reg,
                 "class_tokens": subset.class_tokens,
+                **{key: value for key in _ACTING if (value := getattr(subset, key)) != getattr(SubsetConfig, key)},
             }
             for number, subset in enumerate(dataset.subsets)
         ],
     }
 
 
+def _source(subset: SubsetConfig) -> dict[str, str]:
+    """The names of its folder and its list, without where they lie."""
+    paths = {"image_dir": subset.image_dir, "metadata_file": subset.metadata_file}
+    return {key: _last_name(path) for key, path in paths.items() if path is not None}
+
+
+def _last_name(path: str) -> str:
+    return os.path.basename(path.rstrip("/"))
+
+
 def _tag_frequency(datasets: Sequence[DatasetConfig], samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
     for sample in samples:
         subset = datasets[sample.dataset].subsets[sample.subset]
-        counter = counts.setdefault(os.path.basename(subset.image_dir.rstrip("/")), Counter())
+        counter = counts.setdefault(_last_name(subset.title), Counter())
         for tag in sample.captions[0].split(subset.caption_separator):
             if tag.strip():
                 counter[tag.strip()] += 1
@@ -152,8 +185,6 @@ def _dataset_dirs(datasets: Sequence[DatasetConfig], samples: Sequence[Sample]) 
     folders: dict[str, dict[str, int]] = {}
     for sample in samples:
         subset = datasets[sample.dataset].subsets[sample.subset]
-        entry = folders.setdefault(
-            os.path.basename(subset.image_dir.rstrip("/")), {"n_repeats": subset.num_repeats, "img_count": 0}
-        )
+        entry = folders.setdefault(_last_name(subset.title), {"n_repeats": subset.num_repeats, "img_count": 0})
         entry["img_count"] += 1
     return folders

@@ -5,9 +5,13 @@ import secrets
 import time
 from typing import Any
 
+from tqdm import tqdm
+
 from library.config.run import RunConfig
 from library.data.plan import BatchPlan
-from library.training.data import TrainingData
+from library.data.report import DataReport, report_data
+from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.training.data import TrainingData, file_index
 from library.training.run import Run
 
 
@@ -22,7 +26,7 @@ def run_facts(config: RunConfig, plan: BatchPlan, max_steps: int, optimizer_labe
         "prior_loss_weight": config.data.prior_loss_weight if has_regularisation(config) else None,
         "max_train_steps": max_steps,
         "num_batches_per_epoch": plan.micro_batches_per_epoch,
-        "num_epochs": -(-max_steps // plan.steps_per_epoch),
+        "num_epochs": plan.epoch_of(max_steps - 1) + 1,
         "sd_model_name": os.path.basename(str(config.model.pretrained_model_name_or_path).rstrip("/")),
     }
 
@@ -32,24 +36,48 @@ def has_regularisation(config: RunConfig) -> bool:
     return any(subset.is_reg for dataset in config.datasets for subset in dataset.subsets)
 
 
-def report_lines(run: Run, data: TrainingData) -> list[str]:
-    """What is about to happen, for the log."""
-    plan, accelerator = run.plan, run.accelerator
-    lines = [
-        f"model: {run.family.description.title}, {run.family.description.parameters:,} parameters, {run.weight_dtype}",
-    ]
-    for index, dataset in enumerate(run.config.datasets):
-        buckets = ", ".join(f"{name}: {count}" for name, count in sorted(data.buckets(index).items()))
-        own = sum(1 for sample in data.discovery.samples if sample.dataset == index)
-        lines.append(f"dataset {index}: {own} images at {dataset.resolution}, visits per bucket and epoch: {buckets}")
+def data_report(
+    config: RunConfig,
+    data: TrainingData,
+    plan: BatchPlan,
+    family: ModelFamily,
+    text: TextEncodingStrategy,
+    processes: int,
+) -> DataReport:
+    """What is said about the data; before anything is cached, for it tells what the cache needs.
+
+    Captions that no run has seen before are tokenized, which takes a second for some thousands.
+    """
+    with tqdm(desc="looking at new captions", unit="caption", dynamic_ncols=True, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        return report_data(
+            config,
+            data.discovery,
+            data.placements,
+            data.validation_placements,
+            plan,
+            latents=family.latents.format,
+            text_numbers=family.description.text_numbers,
+            windows=text.windows(),
+            processes=processes,
+            index=file_index(config),
+            progress=progress,
+        )
+
+
+def run_lines(run: Run) -> list[str]:
+    """What is trained, and on what, for the log."""
+    accelerator, description = run.accelerator, run.family.description
     groups = []
     for index, group in enumerate(run.optimizer.param_groups):
         count, rate = sum(parameter.numel() for parameter in group["params"]), group.get("initial_lr", group["lr"])
         groups.append(f"{group.get('name', index)} ({count:,} numbers at learning rate {rate})")
-    lines.append(f"trained: {', '.join(groups)}")
-    lines.append(
-        f"steps: {run.max_steps} ({plan.steps_per_epoch} per epoch), {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, accumulation {run.config.training.gradient_accumulation_steps}, "
-        f"precision {accelerator.mixed_precision}, seed {run.seed}"
-    )
-    return lines
+    return [
+        f"model: {description.title}, {description.parameters:,} parameters, {run.weight_dtype}",
+        f"trained: {', '.join(groups)}",
+        f"machine: {accelerator.device.type}, precision {accelerator.mixed_precision}, seed {run.seed}",
+    ]

@@ -18,12 +18,14 @@ _FREE_OPTIONS = {
     "lr_decay_steps",
 }
 # What may change the numbers that come, but can be changed on purpose.
-_NOTED_GROUPS = ("family", "flow", "loss", "data")
-_NOTED_OPTIONS = {"mixed_precision", "full_fp16", "full_bf16"}
+_NOTED_GROUPS = ("family", "flow", "loss", "data", "pictures", "captions")
+_NOTED_OPTIONS = {"mixed_precision", "full_fp16", "full_bf16", "caption_variants"}
 _UNIMPORTANT_OPTIONS = {
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",
     "skip_bad_images",
+    "report_near_duplicates",
+    "masked_loss",
     "dataset_config",
 }
 

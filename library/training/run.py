@@ -1,6 +1,6 @@
 """Everything a run holds once it is set up."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Run:
     family: ModelFamily
     accelerator: Accelerator
     plan: BatchPlan
-    batches: Iterator[Batch]
+    batches: Generator[Batch, None, None]
     denoiser: nn.Module
     trainable: Any
     text: TextEncodingStrategy
@@ -84,13 +84,20 @@ class Run:
         """What the optimizer changes."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    def close(self) -> None:
+        """End the processes and threads that make batches, and the trackers."""
+        try:
+            self.batches.close()
+        finally:
+            self.trackers.close()
+
     def epoch_ended(self, done: int) -> bool:
         """Whether ``done`` optimizer steps complete an epoch."""
-        return done % self.plan.steps_per_epoch == 0
+        return done == self.plan.first_step(self.plan.epoch_of(done))
 
     def epoch_number(self, done: int) -> int:
         """The epoch, counted from 1, that the last of ``done`` optimizer steps belongs to."""
-        return -(-done // self.plan.steps_per_epoch)
+        return self.plan.epoch_of(done - 1) + 1
 
 
 class StepHook:

@@ -1,5 +1,6 @@
 """RunConfig to Run: load, cache, inject, prepare. What is no longer needed leaves memory before the next part comes."""
 
+import functools
 import logging
 import os
 import secrets
@@ -17,7 +18,7 @@ from library.config.resolved import resolved_toml
 from library.config.run import RunConfig
 from library.config.sampling import SkipLayerGuidance
 from library.data.loader import BatchReader
-from library.data.plan import BatchPlan
+from library.data.report_lines import report_lines
 from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
@@ -27,16 +28,18 @@ from library.training import data as training_data
 from library.training import hooks
 from library.training.checkpoints import read_progress, restore_state
 from library.training.checks import check_run
-from library.training.encoders import TextSide, merge_base_weights, prepare_latents, prepare_text
+from library.training.encode_ahead import encode_ahead
+from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
 from library.training.optimizers import create_optimizer
 from library.training.precision import Precision, resolve_block_swap, resolve_precision
-from library.training.report import report_lines, run_facts
-from library.training.resuming import changes_since
+from library.training.prepare_data import prepare_data
+from library.training.report import run_facts, run_lines
 from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
+from library.training.step import encoded
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
 from library.training.validation import Validation
 from networks.loading import create_network
@@ -52,7 +55,7 @@ def run_training(config: RunConfig) -> int:
             taker.take(run, 0, "e000000")
         train(run)
     finally:
-        run.trackers.close()
+        run.close()
     return 0
 
 
@@ -79,38 +82,16 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     accelerator = start_accelerator(config, precision)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
     seed = resolve_seed(config, progress, accelerator)
-    for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.cache_dir)):
+    for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
-    data = training_data.find_data(
-        config,
-        seed,
-        resolution_step=family.latents.format.resolution_step,
-        largest_side=family.description.largest_side,
-    )
-    for line in [*precision.notes, *data.discovery.notes]:
+    for line in precision.notes:
         log.info(line)
-    plan = BatchPlan(
-        data.discovery.samples,
-        data.placements,
-        config.datasets,
-        seed=seed,
-        micro_batches_per_step=accelerator.num_processes * config.training.gradient_accumulation_steps,
-    )
-    if config.training.resume and progress:
-        for line in changes_since(config, config.training.resume, progress, plan.fingerprint()):
-            log.warning(line)
-    max_steps = resolve_steps(config, plan)
-    first_step = progress["step"] if progress else 0
-    if first_step >= max_steps:
-        raise ConfigError(
-            f"--resume {config.training.resume}: {first_step} steps are done and the run has {max_steps}; "
-            "raise --max_train_steps or --max_train_epochs"
-        )
-
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
+    preparation = LatentPreparation(config, family, precision, accelerator)
+    prepared = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=preparation.fill)
+    data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator)
-    latent_side = prepare_latents(config, data, family, precision, accelerator, keep=bool(requests))
     denoiser = family.load_denoiser(device=accelerator.device, dtype=precision.frozen)
     network = prepare_network(config, family, denoiser, text_side, seed, precision, accelerator)
     created = create_optimizer(
@@ -125,23 +106,23 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     reader = BatchReader(
         samples=data.discovery.samples,
         placements=data.placements,
-        contents=data.contents,
         datasets=config.datasets,
         seed=seed,
         latent_format=family.latents.format,
+        text_strategy=text,
         latents=latent_side.store,
         latents_signature=latent_side.signature,
+        masks=latent_side.masks,
         texts=text_side.store,
         text_signature=text_side.signature,
-        text_record=text.record(),
-        text_strategy=text if text_side.store is None else None,
-        max_steps=max_steps,
+        caption_variants=config.caching.caption_variants,
+        max_steps=prepared.max_steps,
         prior_loss_weight=config.data.prior_loss_weight,
     )
     micro_batches = training_data.own_micro_batches(
         plan,
-        first_step,
-        max_steps,
+        prepared.first_step,
+        prepared.max_steps,
         rank=accelerator.process_index,
         accumulation=config.training.gradient_accumulation_steps,
     )
@@ -159,11 +140,11 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         text_encoders=text_side.encoders,
         vae=latent_side.vae,
         optimizer=accelerator.prepare(created.optimizer),
-        schedule=create_schedule(config.optimizer, created.optimizer, max_steps=max_steps),
-        max_steps=max_steps,
-        first_step=first_step,
+        schedule=create_schedule(config.optimizer, created.optimizer, max_steps=prepared.max_steps),
+        max_steps=prepared.max_steps,
+        first_step=prepared.first_step,
         weight_dtype=precision.frozen,
-        trackers=Trackers(accelerator, log_path(config), first_step=first_step),
+        trackers=Trackers(accelerator, log_path(config), first_step=prepared.first_step),
         history=LossHistory(),
         metadata=run_metadata(
             config,
@@ -171,20 +152,25 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             config.datasets,
             data.discovery.samples,
             [data.buckets(index) for index in range(len(config.datasets))],
-            run_facts(config, plan, max_steps, created.label, seed),
+            {
+                **run_facts(config, plan, prepared.max_steps, created.label, seed),
+                "num_validation_images": len(data.discovery.validation) or None,
+            },
         ),
     )
+    if config.caching.vae_cache_disable:
+        run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if config.training.resume and progress:
         restore_state(run, config.training.resume, progress)
-        log.info("resumed from %s after step %d", config.training.resume, first_step)
+        log.info("resumed from %s after step %d", config.training.resume, run.first_step)
     taker = sample_taker(config, requests, text_side)
     run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
-    lines = report_lines(run, data)
-    if accelerator.is_main_process:
-        comments = "".join(f"# {line}\n" for line in lines)
-        write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
+    lines = run_lines(run)
     for line in lines:
         log.info(line)
+    if prepared.report is not None:
+        comments = "".join(f"# {line}\n" for line in [*lines, *report_lines(prepared.report)])
+        write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
     return run, taker
 
 
@@ -240,13 +226,6 @@ def resolve_seed(config: RunConfig, progress: dict[str, Any] | None, accelerator
         if accelerator.num_processes > 1
         else secrets.randbelow(2**31)
     )
-
-
-def resolve_steps(config: RunConfig, plan: BatchPlan) -> int:
-    """Optimizer steps of the whole run."""
-    if config.training.max_train_epochs is not None:
-        return config.training.max_train_epochs * plan.steps_per_epoch
-    return config.training.max_train_steps
 
 
 def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[PromptRequest]:

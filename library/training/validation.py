@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from library.data.loader import BatchReader
 from library.data.plan import MicroBatch
+from library.randomness import Draws
 from library.training.losses import mean
 from library.training.run import Run
 from library.training.step import validation_loss
 
-QUANTILES = (0.2, 0.4, 0.6, 0.8)
-"""Quantiles of the training noise levels at which every validation batch is measured."""
+LEVELS = 4
+"""How many noise levels every picture is measured at, one in each equal share of the training's."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,23 @@ class ValidationResult:
     """The loss over the validation set.
 
     Attributes:
-        mean: Over samples and noise levels.
-        standard_error: Of the mean, over samples.
+        mean: Over pictures and noise levels.
+        standard_error: Of the mean, over pictures; 0 for a single one.
+        levels: The mean at each noise level, from little noise to much.
     """
 
     mean: float
     standard_error: float
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, losses: Sequence[Sequence[float]]) -> "ValidationResult":
+        """The result of measuring pictures, each at every noise level. Their order doesn't matter."""
+        pictures = [mean(levels) for levels in losses]
+        average = mean(pictures)
+        spread = math.fsum((loss - average) ** 2 for loss in pictures)
+        error = math.sqrt(spread / max(1, len(pictures) - 1) / len(pictures))
+        return cls(average, error, tuple(mean(level) for level in zip(*losses)))
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Validation:
     Attributes:
         reader: Makes batches of validation samples.
         micro_batches: The whole set, once.
-        seed: Of the fixed noise.
+        seed: Of the fixed noise levels; the reader has that of the noise.
     """
 
     reader: BatchReader
@@ -44,24 +57,31 @@ class Validation:
     seed: int
 
     def measure(self, run: Run) -> ValidationResult:
-        """The loss now; the processes share the batches."""
-        own: list[float] = []
-        for index, micro_batch in enumerate(self.micro_batches):
-            if index % run.accelerator.num_processes != run.accelerator.process_index:
-                continue
+        """The loss now. The processes share the micro-batches; the result is the same for any number of them."""
+        own: list[list[float]] = []
+        for micro_batch in self.micro_batches[run.accelerator.process_index :: run.accelerator.num_processes]:
             batch = self.reader(micro_batch)
-            levels = torch.stack([validation_loss(run, batch, quantile, seed=self.seed) for quantile in QUANTILES])
-            own.extend(levels.mean(dim=0).tolist())
-        losses = gather(own, run)
-        average = mean(losses)
-        spread = math.fsum((loss - average) ** 2 for loss in losses)
-        return ValidationResult(average, math.sqrt(spread / max(1, len(losses) - 1) / len(losses)))
+            losses = validation_loss(run, batch, stratified_quantiles(self.seed, batch.keys))  # (LEVELS, B)
+            own.extend(losses.T.tolist())
+        return ValidationResult.of(gather(own, run))
 
 
-def gather(values: list[float], run: Run) -> list[float]:
+def stratified_quantiles(seed: int, keys: Sequence[str]) -> Tensor:
+    """Where in the training's noise levels each picture is measured: one place in each of ``LEVELS`` equal shares.
+
+    It is the same at every measurement, and depends on the seed and the picture's name alone.
+
+    Returns:
+        Quantiles (LEVELS, B), in 0..1, fp64.
+    """
+    draws = (Draws(seed, tuple(keys), (share,) * len(keys)).uniform("validation level") for share in range(LEVELS))
+    return torch.stack([(share + draw) / LEVELS for share, draw in enumerate(draws)])
+
+
+def gather(values: list[list[float]], run: Run) -> list[list[float]]:
     """The values of all processes."""
     if run.accelerator.num_processes == 1:
         return values
-    parts: list[list[float]] = [[] for _ in range(run.accelerator.num_processes)]
+    parts: list[list[list[float]]] = [[] for _ in range(run.accelerator.num_processes)]
     torch.distributed.all_gather_object(parts, values)
     return [value for part in parts for value in part]

@@ -114,8 +114,25 @@ def test_loss_needs_the_truth():
     objective = FlowMatching(FlowConfig(), LossConfig())
     x_0, noise, prediction = material()
     noised = objective.add_noise(x_0, noise, SIGMA)
-    with pytest.raises(ValueError, match="x_0 and noise"):
-        objective.loss(prediction, type(noised)(noised.x_t, noised.sigma))
+    bare = type(noised)(noised.x_t, noised.sigma)
+    for ask in (lambda: objective.loss(prediction, bare), lambda: objective.target(bare)):
+        with pytest.raises(ValueError, match="x_0 and noise"):
+            ask()
+
+
+def test_the_target_is_the_velocity_unless_another_is_given():
+    x_0, noise, prediction = material()
+    _, _, other = material(seed=1)
+    objective = FlowMatching(FlowConfig(), LossConfig(loss_type="huber"))
+    noised = objective.add_noise(x_0, noise.bfloat16(), SIGMA)
+    target = objective.target(noised)
+    assert target.dtype == torch.float32 and torch.equal(target, noise.bfloat16().float() - x_0)
+    assert torch.equal(objective.loss(prediction, noised, target), objective.loss(prediction, noised))
+    assert torch.equal(objective.loss(other, noised, other), torch.zeros(SHAPE))
+    # the same difference costs the same, whatever it is a difference from; and a given target needs no truth
+    bare = type(noised)(noised.x_t, noised.sigma)
+    shifted = objective.loss(prediction - target + other, bare, other)
+    assert torch.allclose(shifted, objective.loss(prediction, noised), rtol=1e-4, atol=1e-6)
 
 
 def test_snr_schedule_is_refused():

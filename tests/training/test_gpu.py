@@ -54,3 +54,40 @@ def test_samples_on_a_gpu_are_the_hosts_up_to_rounding(trainer, monkeypatch):
         assert trainer("host", **CACHED, **sampling) == 0
     pictures = [Image.open(trainer.folder / name / "sample" / "run_e000000_00_5.png") for name in ("gpu", "host")]
     assert max(ImageStat.Stat(ImageChops.difference(*pictures)).mean) < 4
+
+
+@pytest.mark.parametrize("trained", [{"network_train_unet_only": True}, {}], ids=["captions too", "pictures alone"])
+def test_encoding_in_the_background_gives_what_the_step_would_encode(trainer, trained):
+    options = {**trained, "max_train_steps": 8, "max_data_loader_n_workers": 2}
+    assert trainer("in_step", **options) == 0
+    assert trainer("ahead", **options, vae_cache_disable=True) == 0
+    assert trainer.losses("ahead") == pytest.approx(trainer.losses("in_step"), rel=1e-2)
+
+
+def test_encoding_overlaps_the_step_and_hands_its_memory_over():
+    """The caller's stream waits for the encoding; nothing reuses the memory before that stream is through with it."""
+    from library.records import Batch, Resolution
+    from library.training.encode_ahead import encode_ahead
+
+    device = torch.device("cuda")
+    weight = torch.randn(4096, 4096, device=device)
+
+    def batches():
+        for number in range(20):
+            yield Batch(
+                keys=("",),
+                visits=(number,),
+                captions=("",),
+                dropped=torch.zeros(1, dtype=torch.bool),
+                loss_weight=torch.ones(1),
+                resolution=Resolution(8, 8),
+                noise=torch.full((64, 1024, 1024), float(number)).pin_memory(),
+            )
+
+    def encode(batch):
+        torch.linalg.matrix_power(weight / 64, 16)  # keeps the stream busy before the copy
+        return batch.to(device)
+
+    for number, batch in enumerate(encode_ahead(batches(), encode, device)):
+        torch.linalg.matrix_power(weight / 64, 16)
+        assert (batch.noise == number).all(), number

@@ -1,29 +1,9 @@
 """Two processes do the same optimizer steps as one that accumulates twice as much."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import ROOT
-
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True}
-
-
-def launch(trainer, processes: int, output: str, **options) -> None:
-    """Train in so many processes on gloo."""
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    command += ["sd3_train_network.py", *trainer.arguments(output, **options)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(trainer):
@@ -35,7 +15,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(trainer):
     # AdamW's first step is the gradient's sign, which rounding turns over where the gradient is almost zero
     options = {**CACHED, "dataset_config": dataset, "optimizer_type": "SGDNesterov", "learning_rate": 0.5}
     options |= {"max_train_steps": 4, "save_every_n_steps": 2, "save_state": True}
-    launch(trainer, 2, "two", **options)
+    trainer.launch(2, "two", **options)
     assert trainer("one", **options, gradient_accumulation_steps=2) == 0
     assert trainer.losses("two") == pytest.approx(trainer.losses("one"), rel=1e-5)
     one, two = trainer.weights("one"), trainer.weights("two")

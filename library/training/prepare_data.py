@@ -1,0 +1,144 @@
+"""The data of a run before its first step: found, planned, reported, and encoded where it is cached."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from library.config.errors import ConfigError
+from library.config.run import RunConfig
+from library.data.plan import BatchPlan
+from library.data.report import DataReport
+from library.data.report_lines import report_lines
+from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.training.data import TrainingData, file_index, find_data
+from library.training.report import data_report
+from library.training.resuming import changes_since
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What is trained on, and when.
+
+    Attributes:
+        data: The pictures.
+        plan: Which of them each optimizer step uses.
+        max_steps: Optimizer steps of the whole run.
+        first_step: Steps that were done before this process started.
+        report: What is said about the data; None on processes that say nothing.
+    """
+
+    data: TrainingData
+    plan: BatchPlan
+    max_steps: int
+    first_step: int
+    report: DataReport | None
+
+
+def prepare_data(
+    config: RunConfig,
+    family: ModelFamily,
+    text: TextEncodingStrategy,
+    progress: Mapping[str, Any] | None,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    fill: Callable[[TrainingData], Mapping[str, str]],
+) -> PreparedData:
+    """This finds the pictures, plans the steps, and fills the cache of latents.
+
+    A picture that can't be decoded shows when it is encoded. It is remembered, and the data is found again: that stops
+    the run and lists such pictures or, with ``--skip_bad_images``, leaves them out. What was encoded is kept.
+
+    Args:
+        config: The run.
+        family: The model's parts.
+        text: For what is said about captions.
+        progress: The light part of the state that the run goes on from, or None.
+        accelerator: Device and processes.
+        seed: Of the run.
+        fill: Encodes what the cache of latents lacks; returns the pictures that can't be decoded, content -> why.
+
+    Raises:
+        ConfigError: The data can't be used, or no step is left to do.
+    """
+    find = functools.partial(
+        find_data,
+        config,
+        seed,
+        resolution_step=family.latents.format.resolution_step,
+        largest_side=family.description.largest_side,
+    )
+    data, left_out = find(), set[str]()
+    while True:
+        plan = plan_batches(config, data, seed, accelerator.num_processes)
+        max_steps = resolve_steps(config, plan)
+        first_step, changes = resume(config, plan, max_steps, progress)
+        report = None
+        if accelerator.is_main_process:
+            report = data_report(config, data, plan, family, text, accelerator.num_processes)
+            for line in report_lines(report):
+                log.info(line)
+        bad = fill(data)
+        if not bad:
+            break
+        assert left_out.isdisjoint(bad), "a picture that was found to be bad is used again"
+        left_out.update(bad)
+        if accelerator.is_main_process:
+            file_index(config).mark_bad(bad)
+        accelerator.wait_for_everyone()
+        data = find()
+    for line in changes:
+        log.warning(line)
+    return PreparedData(data, plan, max_steps, first_step, report)
+
+
+def plan_batches(config: RunConfig, data: TrainingData, seed: int, processes: int) -> BatchPlan:
+    """This plans the steps.
+
+    Raises:
+        ConfigError: In some of them no picture is used.
+    """
+    plan = BatchPlan(
+        data.discovery.samples,
+        data.placements,
+        config.datasets,
+        seed=seed,
+        micro_batches_per_step=processes * config.training.gradient_accumulation_steps,
+    )
+    if idle := plan.problem(resolve_steps(config, plan)):
+        raise ConfigError(f"{config.data.dataset_config}: {idle}")
+    return plan
+
+
+def resolve_steps(config: RunConfig, plan: BatchPlan) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.max_train_epochs is not None:
+        return plan.first_step(config.training.max_train_epochs)
+    return config.training.max_train_steps
+
+
+def resume(
+    config: RunConfig, plan: BatchPlan, max_steps: int, progress: Mapping[str, Any] | None
+) -> tuple[int, list[str]]:
+    """How many steps are done already, and what differs from the run that did them, one line each.
+
+    Raises:
+        ConfigError: The state can't be gone on from with these options, or its run is over.
+    """
+    folder = config.training.resume
+    if not folder or progress is None:
+        return 0, []
+    changes = changes_since(config, folder, progress, plan.fingerprint())
+    first_step = progress["step"]
+    if first_step >= max_steps:
+        raise ConfigError(
+            f"--resume {folder}: {first_step} steps are done and the run has {max_steps}; "
+            "raise --max_train_steps or --max_train_epochs"
+        )
+    return first_step, changes
