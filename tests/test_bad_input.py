@@ -11,6 +11,7 @@ import torch
 import library.io.safetensors
 from library.io.header import read_header
 from library.sampling import generate_command
+from tests.bad_input.dataset_cases import DATA, NOTED
 from tests.bad_input.late_cases import GENERATE, LATE
 from tests.bad_input.model_cases import FILES
 from tests.bad_input.option_cases import DATASETS, OPTIONS, PROMPTS
@@ -103,6 +104,10 @@ class TestBeforeTorchIsLoaded:
     def test_datasets(self, refused, workshop, make, expected):
         check(refused(dataset_config=make(workshop)), *expected)
 
+    @pytest.mark.parametrize(("make", "expected"), cases(DATA))
+    def test_data(self, refused, workshop, make, expected):
+        check(refused(dataset_config=make(workshop), dry_run=True), *expected)
+
     @pytest.mark.parametrize(("content", "expected"), cases(PROMPTS))
     def test_sample_prompts(self, refused, workshop, content, expected):
         path = workshop.file(content, "prompts.txt")
@@ -189,7 +194,7 @@ def test_unreadable_pictures_are_named_and_counted(refused, workshop):
     check(
         refused(),
         "3 pictures can't be read; repair or remove, or start with --skip_bad_images:",
-        "cut.png: image file is truncated",
+        "cut.png: the file ends too early",
         "nothing.png: the file is empty",
         "words.jpg: not a picture, or of an unknown kind",
     )
@@ -199,9 +204,15 @@ def test_unreadable_pictures_are_left_out_when_asked(trainer, workshop, capsys):
     picture(workshop, "nothing.png", b"")
     assert trainer("output", skip_bad_images=True, dry_run=True) == 0
     printed = capsys.readouterr().out
-    assert "1 picture left out that can't be read (--skip_bad_images):" in printed
+    assert "datasets[0]: 1 picture left out: " in printed
     assert "nothing.png: the file is empty" in printed
     assert "datasets[0]: 4 pictures" in printed
+
+
+@pytest.mark.parametrize(("make", "expected"), cases(NOTED))
+def test_data_that_is_odd_and_can_be_used(trainer, workshop, capsys, make, expected):
+    assert trainer("output", dataset_config=make(workshop), dry_run=True) == 0
+    assert expected[0] in capsys.readouterr().out
 
 
 def test_a_folder_without_pictures(refused, workshop):

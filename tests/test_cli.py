@@ -216,7 +216,8 @@ def test_dry_run_shows_configuration_and_plan(arguments, tmp_path, capsys):
     assert (code, err) == (0, [])
     assert "network_dim = 8  # typed" in out
     assert "model: Stable Diffusion 3.5 medium" in out
-    assert "datasets[0]: 3 pictures at 64x64, 6 visits per epoch in batches of 2; buckets (visits): 64x64 (6)" in out
+    assert "datasets[0]: 3 pictures at 64x64, 6 visits per epoch in batches of 2" in out
+    assert "   64x64         3       6        3" in out.splitlines()
     assert "steps: 15 optimizer steps, 3 per epoch, 5 epochs" in out
     assert not (tmp_path / "output").exists()
 

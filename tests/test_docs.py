@@ -10,8 +10,7 @@ import pytest
 from library import cli
 from library.config import data as data_config
 from library.config.command_line import InvocationConfig, read_command_line
-from library.config.data import DataConfig
-from library.config.dataset import DatasetConfig, SubsetConfig, read_datasets
+from library.config.dataset import DatasetConfig, SubsetConfig, TomlKeys
 from library.config.errors import ConfigError
 from library.config.generate import GenerateConfig
 from library.config.model import ModelConfig
@@ -20,6 +19,8 @@ from library.config.run import training_groups
 from library.families import FAMILIES, family_options
 from library.records import Resolution
 from library.sampling.prompts import read_prompts
+from tests.dataset_toml import read_with
+from tools.inspect_dataset import InspectionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -59,6 +60,7 @@ def groups_of_scripts():
         yield {"invocation": InvocationConfig, **training_groups(options, network=True)}
         generate = {"model": ModelConfig, "family": options.OPTIONS, "generate": GenerateConfig}
         yield {"invocation": InvocationConfig, **generate}
+    yield {"inspection": InspectionConfig}
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +152,13 @@ DATASET_EXAMPLES = [
 @pytest.mark.parametrize("text", DATASET_EXAMPLES)
 def test_dataset_examples_are_read(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in re.findall(r'image_dir = "([^"]+)"', text):
+    for folder in re.findall(r'(?:image_dir|conditioning_data_dir) = "([^":]+)"', text):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for file in re.findall(r'metadata_file = "([^":]+)"', text):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
     (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
-    assert read_datasets(DataConfig(dataset_config="dataset.toml"), resolution_step=16)
+    assert read_with(dataset_config="dataset.toml")
 
 
 def key_rows():
@@ -162,16 +167,27 @@ def key_rows():
     return {key: (scopes, default.strip()) for key, scopes, default in pattern.findall(DATASETS.read_text())}
 
 
+def dataset_keys():
+    """Key -> its field, and where it may stand."""
+    subset_only = ("image_dir", "metadata_file", "conditioning_data_dir", "is_reg")
+    for record, scopes in ((DatasetConfig, "G D"), (SubsetConfig, "G D S"), (TomlKeys, "G D S")):
+        for field in dataclasses.fields(record):
+            if field.name != "subsets" and (record is not TomlKeys or field.name in ("disabled", "custom_attributes")):
+                yield field, "S" if field.name in subset_only else scopes
+
+
 def test_the_page_lists_every_dataset_key_with_its_scope_and_default():
     expected = {}
-    for record, scopes in ((DatasetConfig, "G D"), (SubsetConfig, "G D S")):
-        for field in dataclasses.fields(record):
-            if field.name != "subsets":
-                default = None if field.default is dataclasses.MISSING else field.default
-                shown = str(default).lower() if isinstance(default, bool) else str(default)
-                said = "none" if default in (None, "") else f"`{shown}`"
-                expected[field.name] = ("S" if field.name in ("image_dir", "is_reg") else scopes, said)
+    for field, scopes in dataset_keys():
+        default = None if field.default is dataclasses.MISSING else field.default
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        expected[field.name] = (scopes, "none" if default in (None, "", ()) else f"`{shown}`")
     assert key_rows() == expected
+
+
+def test_every_dataset_key_stands_in_an_example():
+    text = "\n".join(blocks(DATASETS, "toml"))
+    assert not [field.name for field, _ in dataset_keys() if not re.search(rf"^ *{field.name} = ", text, re.MULTILINE)]
 
 
 def test_the_page_explains_every_refused_dataset_key():
@@ -181,10 +197,10 @@ def test_the_page_explains_every_refused_dataset_key():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_page_on_adapters_explains_every_network_arg(family):
-    adapter_targets = pytest.importorskip(f"library.families.{family}.adapter_targets")
+    synthetic = pytest.importorskip(f"library.families.{family}.synthetic")
     from networks import lora_settings
 
-    targets = adapter_targets.adapter_targets(depth=2, dual_attention_blocks=(0,)).values()
+    targets = synthetic.synthetic_family("tiny").adapter_targets.values()
     names = {name for target in targets for name in target.dims} | {t.enabled_by for t in targets if t.enabled_by}
     text = (DOCS / "adapters.md").read_text(encoding="utf-8")
     assert not [name for name in (*names, "emb_dims", *lora_settings._OWN_NAMES) if f"`{name}`" not in text]
@@ -260,7 +276,7 @@ def test_the_page_on_datasets_quotes_real_errors(start, tmp_path):
     path = tmp_path / "d.toml"
     path.write_text(QUOTED_DATASET_ERRORS[start])
     with pytest.raises(ConfigError) as raised:
-        read_datasets(DataConfig(dataset_config=str(path)), resolution_step=16)
+        read_with(dataset_config=str(path))
     errors = [line.removeprefix(f"{path}: ") for line in str(raised.value).splitlines()]
     (error,) = [error for error in errors if error.startswith(start)]
     assert f"| `{error}` |" in DATASETS.read_text(encoding="utf-8")

@@ -23,11 +23,14 @@ LIGHT = (
     "library.randomness",
     "library.families",
     *(f"library.config.{path.stem}" for path in (ROOT / "library" / "config").glob("[a-z]*.py")),
-    *(f"library.families.{family}.{part}" for family in FAMILIES for part in ("options", "files")),
+    *(f"library.families.{family}.{part}" for family in FAMILIES for part in ("options", "files", "tokenizers")),
     *(f"library.data.{name}" for name in ("discovery", "file_index", "captions", "buckets", "plan", "cache_keys")),
     *(f"library.io.{name}" for name in ("header", "atomic", "architectures")),
     "library.sampling.prompts",
+    *(f"library.data.{path.stem}" for path in (ROOT / "library" / "data").glob("report*.py")),
+    "library.text_encoders.tokenizers",
     "tools.make_option_pages",
+    "tools.inspect_dataset",
 )
 
 

@@ -5,14 +5,15 @@ python tools/make_miniature.py sd3 --output miniatures/sd3
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
+from tools.miniature_sana import make_sana
 from tools.miniature_sd3 import DTYPES, make_sd3
 
-MAKERS = {"sd3": make_sd3}
+MAKERS: dict[str, Callable[..., Path]] = {"sd3": make_sd3, "sana": make_sana}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

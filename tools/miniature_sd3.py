@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
-from library.io.key_maps import to_diffusers
 from library.families.sd3.mmdit import MMDiT, MMDiTConfig
 from library.families.sd3.position_table import sincos_table
 from library.io.atomic import write_text
+from library.io.key_maps import to_diffusers
 from library.io.safetensors import save_tensors
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig

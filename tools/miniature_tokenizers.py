@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from library.io.atomic import write_text
@@ -39,6 +40,7 @@ zebra
 """
 WORDS = _WORD_LIST.split()
 
+_GEMMA_SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 _PUNCTUATION_AND_LETTERS = [chr(code) for code in range(0x21, 0x7F)]
@@ -105,6 +107,49 @@ def write_t5_tokenizer(folder: Path) -> None:
         folder / "tokenizer_config.json",
         {**specials, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512},
     )
+
+
+def write_gemma_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """This writes a BPE tokenizer over a whole text, with byte fallback, in the form of the published Gemma's.
+
+    As published, the start token comes from the file, spaces belong to the word after them, and the configuration pads
+    on the left.
+
+    Args:
+        folder: Made if missing.
+        words: They are one token each after a space.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import BPE
+
+    vocabulary = {piece: index for index, piece in enumerate(gemma_pieces(words))}
+    tokenizer = Tokenizer(BPE(vocabulary, _gemma_merges(words), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _GEMMA_SPECIALS])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    specials = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    _write_json(folder / "special_tokens_map.json", specials)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {**specials, "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"},
+    )
+
+
+def gemma_pieces(words: Sequence[str]) -> list[str]:
+    """The tokens of the tokenizer that ``write_gemma_tokenizer`` writes, by id."""
+    merged = (left + right for left, right in _gemma_merges(words))
+    singles = ["▁", *_PUNCTUATION_AND_LETTERS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    return [*_GEMMA_SPECIALS, *dict.fromkeys([*singles, *merged])]
+
+
+def _gemma_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Each word grows letter by letter from the space before it, so that no other pair is ever in the way."""
+    starts = [f"▁{word[:end]}" for word in words for end in range(len(word))]
+    letters = [word[end] for word in words for end in range(len(word))]
+    return list(dict.fromkeys(zip(starts, letters)))
 
 
 def _t5_pieces() -> list[tuple[str, float]]:

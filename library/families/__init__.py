@@ -5,6 +5,7 @@ from typing import Any
 
 FAMILIES = {
     "sd3": "library.families.sd3",
+    "sana": "library.families.sana",
 }
 
 
@@ -16,6 +17,11 @@ def family_options(name: str) -> Any:
 def family_files(name: str) -> Any:
     """The module that knows the family's files: checks headers, no torch."""
     return import_module(f"{FAMILIES[name]}.files")
+
+
+def family_tokenizers(name: str) -> Any:
+    """The module that finds the family's tokenizers on disk: no torch."""
+    return import_module(f"{FAMILIES[name]}.tokenizers")
 
 
 def create_family(name: str, config: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from library.data.report_captions import Window
 from library.randomness import Draws
 from library.records import AdapterTargets, LatentFormat, ModelDescription, NoisedLatents, Resolution, TensorRecord
 
@@ -16,6 +17,10 @@ class TextEncodingStrategy(Protocol):
         """Every setting that changes the result, the encoders' identity included."""
         ...
 
+    def windows(self) -> Mapping[str, Window]:
+        """What tokenizers keep, by the name of their encoder, for people: the start of a caption, cutting the rest."""
+        ...
+
     def tokenize(self, captions: Sequence[str]) -> TensorRecord:
         """Token ids of the captions, padded, on the CPU."""
         ...
@@ -25,7 +30,18 @@ class TextEncodingStrategy(Protocol):
         ...
 
     def record(self) -> type[TensorRecord]:
-        """The class of what ``encode`` returns, to rebuild it from the store."""
+        """The class of what ``encode`` returns."""
+        ...
+
+    def pack(self, text: TensorRecord, row: int) -> dict[str, Tensor]:
+        """What a store keeps of one row, by name and without the batch dimension.
+
+        Padding is left out where it is known to be zeros.
+        """
+        ...
+
+    def unpack(self, rows: Sequence[Mapping[str, Tensor]]) -> TensorRecord:
+        """The batch of packed rows, bit for bit what ``encode`` gave."""
         ...
 
     def drop(self, text: TensorRecord, dropped: Tensor) -> TensorRecord:
@@ -65,8 +81,12 @@ class Objective(Protocol):
         """The noised latents, fp32."""
         ...
 
-    def loss(self, prediction: Tensor, noised: NoisedLatents) -> Tensor:
-        """Loss per element (B, C, h, w), fp32, weighted by noise level."""
+    def target(self, noised: NoisedLatents) -> Tensor:
+        """What the denoiser should answer (B, C, h, w), fp32."""
+        ...
+
+    def loss(self, prediction: Tensor, noised: NoisedLatents, target: Tensor | None = None) -> Tensor:
+        """Loss per element (B, C, h, w), fp32, weighted by noise level, against ``target`` or by default its own."""
         ...
 
 
@@ -109,7 +129,7 @@ class ModelFamily(Protocol):
         ...
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
-        """The noise levels of a sampling run (steps + 1,), from 1 down to 0, fp32."""
+        """The noise levels of a sampling run (steps + 1,), from 1 or a little below down to 0, fp32."""
         ...
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> Any:

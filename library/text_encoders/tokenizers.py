@@ -1,31 +1,38 @@
 """Tokenizers of captions: found on disk or on the hub, and kept as the bare ``tokenizers`` object.
 
-The bare object pickles into workers, which then need not import transformers.
+The bare object pickles into workers, which then need not import transformers. Nothing here imports torch when it is
+loaded: the start-up report asks what a window keeps before a model is there.
 """
 
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from library.config.errors import ConfigError
+from library.config.model import ModelConfig
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
+    from torch import Tensor
 
 CLIP_L_HUB_ID = "openai/clip-vit-large-patch14"
 CLIP_G_HUB_ID = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 T5_XXL_HUB_ID = "google/t5-v1_1-xxl"
+GEMMA_HUB_ID = "Efficient-Large-Model/gemma-2-2b-it"
 
 CLIP_LENGTH = 77
 """Token ids per caption that every CLIP reads."""
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+_GEMMA_START = "<bos>"
+_CHUNK = 256
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,10 @@ class CaptionTokenizer:
     length: int
     pad_id: int
 
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, captions: Sequence[str]) -> "tuple[Tensor, Tensor]":
         """Token ids (B, length), int64, and which of them are the caption's (B, length), bool."""
+        import torch
+
         # One by one: encode_batch starts threads, which a forked worker must not do.
         rows = [self.backend.encode(caption).ids for caption in captions]
         ids = torch.full((len(rows), self.length), self.pad_id, dtype=torch.long)
@@ -53,10 +62,43 @@ class CaptionTokenizer:
             mask[index, : len(row)] = True
         return ids, mask
 
+    def seen(self, captions: Sequence[str]) -> list[int]:
+        """How many characters of each caption the window keeps: all of them where it fits.
+
+        Of a word that is cut, the part that is kept counts. A character that becomes several tokens counts when all of
+        them are kept.
+        """
+        longer = [caption for caption in dict.fromkeys(captions) if self.may_cut(caption)]
+        # Threads of our own: after those of the package, every process that is forked prints a warning.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            chunks = pool.map(self._seen, [longer[start : start + _CHUNK] for start in range(0, len(longer), _CHUNK)])
+            kept = dict(zip(longer, (count for chunk in chunks for count in chunk)))
+        return [kept.get(caption, len(caption)) for caption in captions]
+
+    def may_cut(self, caption: str) -> bool:
+        """Whether the caption may be too long for the window, told without reading it: False is certain."""
+        # A token holds at least one byte, and the window gives one to the start of a word and a few to start and end.
+        # Characters outside ASCII may become more than they were when they are normalised.
+        return len(caption) > self._certain or not caption.isascii()
+
+    @functools.cached_property
+    def _certain(self) -> int:
+        """So many characters always fit."""
+        return self.length - self.backend.num_special_tokens_to_add(is_pair=False) - 1
+
+    def _seen(self, captions: list[str]) -> list[int]:
+        encodings = self.backend.encode_batch(captions)
+        return [_kept(encoding, len(caption)) for encoding, caption in zip(encodings, captions)]
+
     def identity(self) -> str:
         """A name for everything that shapes the ids: equal tokenizers have equal identities, wherever they lie."""
+        return f"{self.window_identity()}:{self.pad_id}"
+
+    def window_identity(self) -> str:
+        """A name for everything that ``seen`` depends on: how the rest is filled doesn't matter."""
         content = hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
-        return f"{content}:{self.length}:{self.pad_id}"
+        return f"{content}:{self.length}"
 
 
 @dataclass(frozen=True)
@@ -73,13 +115,14 @@ class TokenizerPlaces:
     beside: Path | None = None
     cache: Path | None = None
 
-    def find(self, names: Sequence[str], hub_id: str, fits: Callable[[Path], bool]) -> Path:
+    def find(self, names: Sequence[str], hub_id: str, fits: Callable[[Path], bool], *, download: bool = True) -> Path:
         """The folder of one tokenizer.
 
         Args:
             names: The sub-folders that may hold it, best first. ``--tokenizer_dir`` may also be its folder itself.
             hub_id: Its name on the hub, and with ``_`` for ``/`` in ``--tokenizer_cache_dir``.
             fits: Whether a folder holds a tokenizer of the right kind.
+            download: Whether to fetch it from the hub where it isn't on disk.
 
         Raises:
             ConfigError: It is nowhere.
@@ -97,7 +140,18 @@ class TokenizerPlaces:
         for folder in (*beside, *([] if cached is None else [cached])):
             if fits(folder):
                 return folder
-        return _download(hub_id, cached)
+        return _from_hub(hub_id, cached, download=download)
+
+
+def tokenizer_places(model: ModelConfig) -> TokenizerPlaces:
+    """This says where the tokenizers of a model may lie."""
+    base = model.pretrained_model_name_or_path
+    checkpoint = None if base is None else Path(base)
+    return TokenizerPlaces(
+        directory=None if model.tokenizer_dir is None else Path(model.tokenizer_dir),
+        beside=checkpoint.parent if checkpoint is not None and not checkpoint.is_dir() else checkpoint,
+        cache=None if model.tokenizer_cache_dir is None else Path(model.tokenizer_cache_dir),
+    )
 
 
 def is_clip_folder(folder: Path) -> bool:
@@ -110,6 +164,14 @@ def is_clip_folder(folder: Path) -> bool:
 def is_t5_folder(folder: Path) -> bool:
     """This tells whether the folder holds a T5 tokenizer."""
     return (folder / "spiece.model").is_file() or _model_type(folder) == "Unigram"
+
+
+def is_gemma_folder(folder: Path) -> bool:
+    """This tells whether the folder holds a Gemma tokenizer."""
+    if (folder / "tokenizer.model").is_file():
+        return True
+    model = _model(folder)
+    return model is not None and model.get("type") == "BPE" and _GEMMA_START in model.get("vocab", ())
 
 
 def load_clip_tokenizer(folder: Path, *, pad_id: int | None) -> CaptionTokenizer:
@@ -160,6 +222,52 @@ def load_t5_tokenizer(folder: Path, *, length: int) -> CaptionTokenizer:
     return _windowed(backend, length, pad_id)
 
 
+def load_gemma_tokenizer(folder: Path, *, after: str, length: int) -> CaptionTokenizer:
+    """This loads a Gemma tokenizer; it starts with ``<bos>``, adds no end and pads with ``<pad>``.
+
+    Args:
+        folder: Holds ``tokenizer.json`` or ``tokenizer.model`` (which needs the sentencepiece package).
+        after: A text whose ids, the start among them, are counted with this tokenizer.
+        length: So many more ids are the window.
+
+    Raises:
+        ConfigError: Its files can't be read.
+    """
+
+    def load() -> "Tokenizer":
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        from transformers import GemmaTokenizer
+
+        return GemmaTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+
+    backend = _readable(load, folder)
+    start_id, pad_id = backend.token_to_id(_GEMMA_START), backend.token_to_id("<pad>")
+    if start_id is None or pad_id is None:
+        raise ConfigError(
+            f"the tokenizer in {folder} has no <bos> or no <pad>, so it is not Gemma's; give the folder of Gemma's"
+        )
+    from tokenizers.processors import TemplateProcessing
+
+    # whatever the files say: some add no start
+    backend.post_processor = TemplateProcessing(single=f"{_GEMMA_START} $A", special_tokens=[(_GEMMA_START, start_id)])
+    backend.no_padding()
+    backend.no_truncation()
+    return _windowed(backend, len(backend.encode(after).ids) + length, pad_id)
+
+
+def _kept(encoding: "Encoding", characters: int) -> int:
+    """How many characters of a caption stand before the first one that is lost."""
+    if not encoding.overflowing:
+        return characters
+    ends = [end for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask) if not special]
+    rest = encoding.overflowing[0]
+    lost = next(start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special)
+    return min(max(ends, default=0), lost)
+
+
 def _windowed(backend: "Tokenizer", length: int, pad_id: int) -> CaptionTokenizer:
     backend.no_padding()
     backend.enable_truncation(length)
@@ -176,22 +284,33 @@ def _readable(load: "Callable[[], Tokenizer]", folder: Path) -> "Tokenizer":
 
 
 def _model_type(folder: Path) -> str | None:
+    model = _model(folder)
+    return None if model is None else model["type"]
+
+
+def _model(folder: Path) -> dict[str, Any] | None:
+    """What ``tokenizer.json`` says of the model inside; None: there is no such file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["model"]["type"]
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model["type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a tokenizer; replace the file") from error
+    return model
 
 
-def _download(hub_id: str, destination: Path | None) -> Path:
+def _from_hub(hub_id: str, destination: Path | None, *, download: bool) -> Path:
+    """The tokenizer's folder in the hub's own cache, or in ``destination`` once it was fetched."""
     from huggingface_hub import snapshot_download
 
+    where = {"local_dir": destination} if download else {"local_files_only": True}
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES), local_dir=destination))
+        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES), **where))
     except (OSError, ValueError) as error:
+        reason = ", and it can't be downloaded" if download else ""
         raise ConfigError(
-            f"no tokenizer of {hub_id} was found on disk, and it can't be downloaded; put its files into a folder and "
+            f"no tokenizer of {hub_id} was found on disk{reason}; put its files into a folder and "
             f"name it with --tokenizer_dir, or copy {hub_id.replace('/', '_')} into --tokenizer_cache_dir"
         ) from error

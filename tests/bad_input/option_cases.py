@@ -91,6 +91,10 @@ DATASETS = {
         lambda w: w.dataset(("resolution = 64", "resolution = 16"), ("min_bucket_reso = 32", "min_bucket_reso = 16")),
         "datasets[0].resolution: 16x16 is smaller than one bucket step (32)",
     ),
+    "bucket steps between the model's": (
+        lambda w: w.dataset(("bucket_reso_steps = 32", "bucket_reso_steps = 24")),
+        "datasets[0].bucket_reso_steps: 24 is not a multiple of 16, which this model needs; 32 is",
+    ),
     "bucket limits that exclude it": (
         lambda w: w.dataset(("min_bucket_reso = 32", "min_bucket_reso = 128")),
         "datasets[0].min_bucket_reso: 128 is above the short side of 64x64",

@@ -10,6 +10,7 @@ from library.config.errors import ConfigError
 from library.text_encoders.tokenizers import (
     CLIP_G_HUB_ID,
     CLIP_L_HUB_ID,
+    CaptionTokenizer,
     TokenizerPlaces,
     is_clip_folder,
     is_t5_folder,
@@ -157,6 +158,100 @@ def test_a_clip_tokenizer_in_one_file(folder, tmp_path):
     expected.backend.save(str(tmp_path / "tokenizer.json"))
     ids = load_clip_tokenizer(tmp_path, pad_id=None)(["a red Circle 猫"])[0]
     assert torch.equal(ids, expected(["a red Circle 猫"])[0])
+
+
+def windows(folder):
+    return load_clip_tokenizer(folder / "tokenizer", pad_id=None), load_t5_tokenizer(folder / "tokenizer_3", length=20)
+
+
+def test_a_caption_is_seen_up_to_the_first_word_that_is_lost(folder):
+    clip, t5 = windows(folder)
+    for tokenizer, words in ((clip, 75), (t5, 19)):
+        fitting = " ".join(["red", "cat"] * 60).split()[:words]
+        fits, cut = " ".join(fitting), " ".join([*fitting, "zebra", "zebra"])
+        assert tokenizer.seen([fits, f"{fits} ", cut]) == [len(fits), len(fits) + 1, len(fits)]
+        assert torch.equal(tokenizer([cut])[0], tokenizer([cut[: len(fits)]])[0])
+
+
+def test_of_a_word_that_is_cut_the_part_before_is_seen(folder):
+    clip, _ = windows(folder)
+    start = "red " * 73
+    assert clip.seen([f"{start}qqqq", f"{start}q qqq"]) == [len(f"{start}qq"), len(f"{start}q q")]
+
+
+@pytest.mark.parametrize("character", ["猫", "🜂"])
+def test_a_character_that_is_cut_is_lost(folder, character):
+    clip, _ = windows(folder)
+    size = len(tokens(clip, character)) - 2  # byte by byte
+    assert size >= 3
+    for spare in range(size + 1):
+        start = "red " * (75 - spare)
+        caption = f"{start}{character} cat"
+        (kept,) = clip.seen([caption])
+        assert caption[:kept].strip() == (f"{start}{character}" if spare == size else start.strip())
+
+
+def test_characters_that_become_more_of_them_may_be_cut_in_a_short_caption(folder):
+    _, t5 = windows(folder)
+    caption = "\ufdfa" * 5  # 18 characters each, once they are normalised
+    assert t5.seen([caption]) < [len(caption)] < [20]
+
+
+def test_only_captions_that_may_be_too_long_are_tokenized_and_equal_ones_once(folder):
+    clip, _ = windows(folder)
+
+    batches = []
+
+    class Counting:
+        def num_special_tokens_to_add(self, is_pair):
+            return clip.backend.num_special_tokens_to_add(is_pair)
+
+        def encode_batch(self, captions):
+            batches.append(captions)
+            return clip.backend.encode_batch(captions)
+
+    long = "red " * 80
+    tokenizer = CaptionTokenizer(Counting(), clip.length, clip.pad_id)
+    assert tokenizer.seen(["a red cat", "", long, "x" * 74, "x" * 75, "ü", long])[2] == len("red " * 75) - 1
+    assert batches == [[long, "x" * 75, "ü"]]
+
+
+def test_many_captions_keep_their_order(folder):
+    clip, _ = windows(folder)
+    captions = [f"{'red ' * (50 + number)}zebra" for number in range(600)]
+    expected = [len(caption) if number < 25 else 299 for number, caption in enumerate(captions)]
+    assert clip.seen(captions) == expected
+
+
+def test_what_a_window_keeps_does_not_depend_on_the_padding(folder):
+    one, other = (load_clip_tokenizer(folder / "tokenizer", pad_id=pad_id) for pad_id in (None, 0))
+    assert one.window_identity() == other.window_identity() and one.identity() != other.identity()
+    lengths = {load_t5_tokenizer(folder / "tokenizer_3", length=length).window_identity() for length in (12, 13)}
+    assert len(lengths) == 2
+
+
+def test_without_downloads_nothing_is_asked_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(hub_id, **options):
+        asked.append(options)
+        raise OSError("not here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    places = TokenizerPlaces(beside=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="was found on disk; put its files"):
+        places.find(["tokenizer"], CLIP_L_HUB_ID, is_clip_folder, download=False)
+    assert [options["local_files_only"] for options in asked] == [True] and not (tmp_path / "cache").exists()
+
+
+@real_vocabularies
+def test_published_vocabularies_see_up_to_the_cut():
+    caption = "a photo of a naïve cat, ½ of it asleep " * 20
+    for tokenizer in (load_clip_tokenizer(REAL / "clip", pad_id=None), load_t5_tokenizer(REAL / "t5", length=77)):
+        (kept,) = tokenizer.seen([caption])
+        assert 0 < kept < len(caption)
+        full, cut = (tokenizer([text])[0][0].tolist() for text in (caption, caption[:kept]))
+        assert full[:60] == cut[:60] and len(tokens(tokenizer, caption[:kept])) in (76, 77)
 
 
 @real_vocabularies

@@ -7,6 +7,7 @@ has 1x1 convolutions. Everything else is a matter of names.
 from collections.abc import Iterator, Sequence
 
 from library.io.key_maps import KeyMap, LayerMap, Operation, tensor_maps
+from library.records import FusedLinear
 
 _EMBEDDERS = (
     LayerMap("x_embedder.proj", ("patch_embed.proj",)),
@@ -55,6 +56,21 @@ def denoiser_key_maps(*, depth: int, qk_norm: bool) -> tuple[KeyMap, ...]:
             weights = tuple(f"{theirs}.{their_name}.weight" for their_name in names)
             maps.append(KeyMap(f"{ours}.{name}.weight", weights, operation))
     return tuple(maps)
+
+
+def fused_layers(*, depth: int) -> dict[str, FusedLinear]:
+    """This maps the denoiser's layers, by our module path, to what diffusers has in their place: what adapters need.
+
+    The depthwise convolution is left out, which no adapter can change.
+
+    Args:
+        depth: Number of blocks.
+    """
+    layers = [*_EMBEDDERS, _FINAL_LAYER]
+    for i in range(depth):
+        inside = [*_BLOCK, *(LayerMap(*names) for names in _BLOCK_WEIGHTS)]
+        layers += _inside(f"blocks.{i}", f"transformer_blocks.{i}", inside)
+    return {layer.ours: FusedLinear(layer.theirs) for layer in layers if "depth_conv" not in layer.ours}
 
 
 def vae_key_maps(

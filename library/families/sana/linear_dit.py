@@ -108,7 +108,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, N, D)."""
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        # Contiguous, so that the sums of the residual stream are: norms and linear layers would copy it each time.
+        return rearrange(self.proj(x), "b d h w -> b (h w) d").contiguous()
 
 
 class ContextProjection(nn.Module):

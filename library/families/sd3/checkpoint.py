@@ -1,19 +1,14 @@
 """The weights of the denoiser and the VAE, streamed from the files into modules."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.families.sd3.files import Sd3Files
 from library.families.sd3.mmdit import MMDiT, MMDiTConfig
 from library.families.sd3.sizes import denoiser_sizes, vae_sizes
-from library.io.key_maps import KeyMap, from_diffusers
-from library.io.parts import Part
-from library.io.safetensors import LazyTensors
-from library.io.state_dict import check_strict, load_strict
+from library.io.part_loading import fill
 from library.nn.attention import AttentionFunction, attention_function
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
@@ -61,7 +56,7 @@ def load_mmdit(
     """
     with torch.device("meta"):
         mmdit = MMDiT(read_mmdit_config(files), attention=attention)
-    _fill(mmdit, files.denoiser, denoiser_sizes(files.denoiser).key_maps, device=device, dtype=dtype, mmap=mmap)
+    fill(mmdit, files.denoiser, denoiser_sizes(files.denoiser).key_maps, device=device, dtype=dtype, mmap=mmap)
     return mmdit.eval().requires_grad_(False)
 
 
@@ -82,7 +77,7 @@ def load_vae(files: Sd3Files, *, device: torch.device | str, dtype: torch.dtype,
     """
     with torch.device("meta"):
         vae = AutoencoderKL(read_vae_config(files))
-    _fill(vae, files.vae, vae_sizes(files.vae).key_maps, device=device, dtype=dtype, mmap=mmap)
+    fill(vae, files.vae, vae_sizes(files.vae).key_maps, device=device, dtype=dtype, mmap=mmap)
     return vae.eval().requires_grad_(False)
 
 
@@ -105,30 +100,3 @@ def check_weights(files: Sd3Files) -> list[str]:
         except ConfigError as error:
             problems.append(str(error))
     return problems
-
-
-def _fill(
-    module: nn.Module,
-    part: Part,
-    maps: Sequence[KeyMap],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    mmap: bool,
-) -> None:
-    planned = {
-        name: tuple(tensor.shape) for name, tensor in _in_our_layout(part, maps, LazyTensors(part, device="meta"))
-    }
-    check_strict(module, planned, source=part.title)
-    tensors = LazyTensors(part, device="meta" if torch.device(device).type == "meta" else "cpu", mmap=mmap)
-    load_strict(module, _in_our_layout(part, maps, tensors), device=device, dtype=dtype, source=part.title)
-
-
-def _in_our_layout(part: Part, maps: Sequence[KeyMap], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    if part.layout == "single":
-        yield from tensors.items()
-        return
-    try:
-        yield from from_diffusers(tensors, maps)
-    except ValueError as error:
-        raise ConfigError(f"{part.title}: {error}") from error

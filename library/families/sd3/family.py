@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from library.families.sd3.mmdit import MMDiTConfig
 from library.families.sd3.options import Sd3Options
 from library.families.sd3.sizes import clip_sizes
 from library.families.sd3.skip_layers import skipped_layers
-from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy, tokenizer_places
+from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy
 from library.io.parts import part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import attention_function
@@ -31,7 +30,7 @@ from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.clip import load_clip
 from library.text_encoders.t5 import load_t5
-from library.text_encoders.tokenizers import TokenizerPlaces
+from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
 
 SAMPLING_SHIFT = 3.0
 """The shift of the reference implementation's sampling schedule."""
@@ -214,9 +213,7 @@ def create(config: Any) -> Sd3Family:
             clip_l_layers=clip_l.depth,
             clip_g_layers=clip_sizes(files.clip_g).depth,
         ),
-        tokenizers=tokenizer_places(
-            Path(model.pretrained_model_name_or_path), model.tokenizer_dir, model.tokenizer_cache_dir
-        ),
+        tokenizers=tokenizer_places(model),
         attention=config.memory.attention_backend,
         mmap=not model.disable_mmap_load_safetensors,
         scaled_sides=tuple(position_table.token_side(resolution, step) for resolution in resolutions),

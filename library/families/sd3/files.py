@@ -3,8 +3,6 @@
 A part that the user names wins over the one inside the base model.
 """
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from library.config.errors import ConfigError
 from library.config.model import ModelConfig
 from library.families.sd3.options import RESOLUTION_STEP, Sd3Options
-from library.families.sd3.parts import BASE, COMPONENTS, Component, find_part, require_part
+from library.families.sd3.parts import COMPONENTS
 from library.families.sd3.sizes import (
     DenoiserSizes,
     clip_sizes,
@@ -22,10 +20,10 @@ from library.families.sd3.sizes import (
     t5_sizes,
     vae_sizes,
 )
-from library.io.header import Header
-from library.io.parts import Part, read_weights
-from library.io.pickles import SUFFIXES as PICKLE_SUFFIXES
+from library.io.base_model import Layout
+from library.io.parts import Part
 from library.records import ModelDescription, Resolution
+from library.text_encoders.tokenizers import CLIP_LENGTH
 
 _NATIVE_SIDE = 1024
 _IMPLEMENTATION = "https://github.com/Stability-AI/sd3.5"
@@ -36,7 +34,7 @@ _T5_OPTIONS = (
     "t5_dropout_rate",
     "sd3_t5_uncond_behaviour",
 )
-_WEIGHTS_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
+_LAYOUT = Layout("SD3", "StableDiffusion3Pipeline", "StableDiffusion3", COMPONENTS, optional=("t5xxl",))
 _READERS: Mapping[str, Callable[[Part], Any]] = {
     "denoiser": denoiser_sizes,
     "vae": vae_sizes,
@@ -97,7 +95,7 @@ def locate(model: ModelConfig, options: Sd3Options) -> Sd3Files:
         clip_l=parts["clip_l"],
         clip_g=parts["clip_g"],
         t5xxl=parts.get("t5xxl"),
-        folder=base if _is_pipeline(base) else None,
+        folder=base if _LAYOUT.is_folder(base) else None,
     )
 
 
@@ -135,31 +133,23 @@ def describe(files: Sd3Files, options: Sd3Options | None = None) -> ModelDescrip
         blocks=sizes.depth,
         # The scaled table is computed for any size; the checkpoint's own ends somewhere.
         largest_side=None if options is not None and options.enable_scaled_pos_embed else largest_side,
+        text_numbers=_text_numbers(files, options or Sd3Options()),
     )
+
+
+def _text_numbers(files: Sd3Files, options: Sd3Options) -> int:
+    """Numbers in the features of one caption: both CLIPs' per token and pooled, and T5's per token."""
+    clips = clip_sizes(files.clip_l), clip_sizes(files.clip_g)
+    numbers = sum(CLIP_LENGTH * sizes.width + sizes.pooled_width for sizes in clips)
+    return numbers if files.t5xxl is None else numbers + options.t5xxl_max_token_length * t5_sizes(files.t5xxl).width
 
 
 def _search(model: ModelConfig, options: Sd3Options) -> tuple[dict[str, Part], list[str]]:
     """All parts that can be found, and all that is wrong."""
-    parts: dict[str, Part] = {}
-    wrong: list[str] = []
     named = {"vae": model.vae, "clip_l": options.clip_l, "clip_g": options.clip_g, "t5xxl": options.t5xxl}
-    base = _Base.open(model.pretrained_model_name_or_path, wrong)
-    for name, component in COMPONENTS.items():
-        path = named.get(name)
-        try:
-            if path is not None:
-                parts[name] = require_part(component, read_weights(path), str(path))
-            elif base is not None and (part := base.find(name)) is not None:
-                parts[name] = part
-        except ConfigError as error:
-            wrong.append(f"{component.option}: {error}" if path is not None else str(error))
-            if name == "denoiser":
-                base = None  # of another model: what else it holds doesn't matter
-            continue
-        if name not in parts and name != "t5xxl" and base is not None:
-            wrong.append(f"no {component.title}: {base.lacks(component)}; add {component.option}")
+    parts, wrong = _LAYOUT.search(model.pretrained_model_name_or_path, named)
     wrong += _misfits(parts, named)
-    if base is not None and not wrong and "t5xxl" not in parts:
+    if not wrong and "t5xxl" not in parts:
         wrong += [
             f"--{name} does nothing: the base model has no T5 inside; add --t5xxl, or remove --{name}"
             for name in _T5_OPTIONS
@@ -168,61 +158,6 @@ def _search(model: ModelConfig, options: Sd3Options) -> tuple[dict[str, Part], l
     if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
         wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
     return parts, wrong
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The base model: files with everything inside, or a folder with a sub-folder per part (then no headers)."""
-
-    path: Path
-    headers: tuple[Header, ...]
-
-    @staticmethod
-    def open(path: str | None, wrong: list[str]) -> "_Base | None":
-        if path is None:
-            wrong.append(f"{BASE} is missing; name the base model's file, or its folder in diffusers' layout")
-            return None
-        if _is_pipeline(Path(path)):
-            return _Base(Path(path), ())
-        if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(_WEIGHTS_SUFFIXES):
-            wrong.append(f"{BASE}: {path} is no file or folder here; download it first, then name its folder")
-            return None
-        try:
-            return _Base(Path(path), read_weights(path))
-        except ConfigError as error:
-            wrong.append(f"{BASE}: {error}")
-            return None
-
-    def find(self, name: str) -> Part | None:
-        component = COMPONENTS[name]
-        if not self.headers:
-            folder = self.path / component.folder
-            if folder.is_dir():
-                return require_part(component, read_weights(folder), str(folder))
-            if name == "denoiser":
-                raise ConfigError(_other_pipeline(self.path))
-            return None
-        if name == "denoiser":
-            return require_part(component, self.headers, str(self.path))
-        return find_part(component, self.headers, str(self.path))
-
-    def lacks(self, component: Component) -> str:
-        return f"{self.path} has none inside" if self.headers else f"{self.path} has no folder {component.folder}"
-
-
-def _is_pipeline(path: Path) -> bool:
-    folders = (*(component.folder for component in COMPONENTS.values()), "unet")
-    return path.is_dir() and ((path / "model_index.json").is_file() or any((path / name).is_dir() for name in folders))
-
-
-def _other_pipeline(path: Path) -> str:
-    try:
-        kind = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = None
-    if kind is not None and not str(kind).startswith("StableDiffusion3"):
-        return f"{path} is a folder of {kind}, expected one of StableDiffusion3Pipeline"
-    return f"{path} has no folder transformer, where diffusers keeps SD3's denoiser"
 
 
 def _misfits(parts: Mapping[str, Part], named: Mapping[str, str | None]) -> list[str]:

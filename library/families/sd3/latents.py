@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from library.families.sd3.options import LATENTS
 from library.records import LatentFormat
-
-SD3_LATENTS = LatentFormat(channels=16, stride=8, patch=2, scale=1.5305, shift=0.0609)
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Sd3LatentStrategy:
     """
 
     vae: str
-    format: LatentFormat = SD3_LATENTS
+    format: LatentFormat = LATENTS
 
     def signature(self) -> Mapping[str, str]:
         """Every setting that changes the raw latents, save the type that the VAE computes in."""

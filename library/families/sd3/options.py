@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.config.options import option
+from library.records import LatentFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Sd3Options:
         "Tokens that T5 reads per caption; longer captions are cut, shorter ones padded. SimpleTuner uses 154.",
         minimum=1,
         maximum=512,
+        aliases=("tokenizer_max_length", "text_encoder_3_max_length"),
         metadata_key="ss_t5xxl_max_token_length",
     )
     apply_lg_attn_mask: bool = option(
@@ -108,7 +110,8 @@ class Sd3Options:
 OPTIONS = Sd3Options
 OBJECTIVE_GROUPS = {"flow": FlowConfig, "loss": LossConfig}
 TITLE = "Stable Diffusion 3 / 3.5"
-RESOLUTION_STEP = 16
+LATENTS = LatentFormat(channels=16, stride=8, patch=2, scale=1.5305, shift=0.0609)
+RESOLUTION_STEP = LATENTS.resolution_step
 TRAINING_ONLY = ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate")
 """Options that do nothing where pictures are made and nothing is trained."""
 

@@ -2,19 +2,19 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
 from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
 from library.io.key_maps import KeyMap
+from library.io.part_shapes import check_names, last_number, names_in_layout, numbers, shape_of
 from library.io.parts import Part
 
 HEAD_DIM = 64
 """Width of an attention head where no tensor tells it."""
 
 _OLDER_CHANNELS = 4
-_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -119,27 +119,27 @@ def denoiser_sizes(part: Part) -> DenoiserSizes:
         ConfigError: A tensor is missing or unknown, or the sizes can't be those of an MMDiT.
     """
     names = _DENOISER_NAMES[part.layout]
-    width, in_channels, patch_size, _ = _shape(part, names.patch, 4)
-    positions = _shape(part, names.table, 3)[1]
+    width, in_channels, patch_size, _ = shape_of(part, names.patch, 4)
+    positions = shape_of(part, names.table, 3)[1]
     qk_norm = names.norm in part.names
-    head_dim = _shape(part, names.norm, 1)[0] if qk_norm else HEAD_DIM
+    head_dim = shape_of(part, names.norm, 1)[0] if qk_norm else HEAD_DIM
     if math.isqrt(positions) ** 2 != positions:
         raise ConfigError(f"{part.title}: {names.table} has {positions} positions, which is no square")
     if width % head_dim:
         raise ConfigError(f"{part.title}: the denoiser's width {width} is not a multiple of its head size {head_dim}")
     sizes = DenoiserSizes(
-        depth=_last_number(part, names.block) + 1,
+        depth=last_number(part, names.block) + 1,
         width=width,
         num_heads=width // head_dim,
         patch_size=patch_size,
         in_channels=in_channels,
-        context_width=_shape(part, names.context, 2)[1],
-        pooled_width=_shape(part, names.pooled, 2)[1],
+        context_width=shape_of(part, names.context, 2)[1],
+        pooled_width=shape_of(part, names.pooled, 2)[1],
         pos_embed_max_size=math.isqrt(positions),
         qk_norm=qk_norm,
-        dual_attention_blocks=tuple(sorted(_numbers(part, names.second_attention))),
+        dual_attention_blocks=tuple(sorted(numbers(part, names.second_attention))),
     )
-    check_names(part, _names_in_layout(sizes.key_maps, part.layout))
+    check_names(part, names_in_layout(sizes.key_maps, part.layout))
     return sizes
 
 
@@ -152,19 +152,19 @@ def vae_sizes(part: Part) -> VaeSizes:
     Raises:
         ConfigError: A tensor is missing or unknown.
     """
-    latent_channels = _shape(part, "decoder.conv_in.weight", 4)[1]
+    latent_channels = shape_of(part, "decoder.conv_in.weight", 4)[1]
     if latent_channels == _OLDER_CHANNELS:
         raise ConfigError(f"{part.title} holds an SD1 or SDXL VAE with {latent_channels} channels; SD3 needs 16")
     level = _VAE_LEVEL[part.layout]
-    levels = _last_number(part, re.escape(level.split("{")[0]) + r"(\d+)\.") + 1
-    widths = tuple(_shape(part, level.format(i, 0), 1)[0] for i in range(levels))
+    levels = last_number(part, re.escape(level.split("{")[0]) + r"(\d+)\.") + 1
+    widths = tuple(shape_of(part, level.format(i, 0), 1)[0] for i in range(levels))
     sizes = VaeSizes(
-        pixel_channels=_shape(part, "encoder.conv_in.weight", 4)[1],
+        pixel_channels=shape_of(part, "encoder.conv_in.weight", 4)[1],
         latent_channels=latent_channels,
         level_widths=widths,
         blocks_per_level=sum(level.format(0, i) in part.names for i in range(len(part.names))),
     )
-    check_names(part, _names_in_layout(sizes.key_maps, part.layout))
+    check_names(part, names_in_layout(sizes.key_maps, part.layout))
     return sizes
 
 
@@ -177,10 +177,10 @@ def clip_sizes(part: Part) -> EncoderSizes:
     Raises:
         ConfigError: A tensor is missing or unknown.
     """
-    width = _shape(part, "text_model.embeddings.token_embedding.weight", 2)[1]
+    width = shape_of(part, "text_model.embeddings.token_embedding.weight", 2)[1]
     projection = "text_projection.weight"
-    pooled_width = _shape(part, projection, 2)[0] if projection in part.names else width
-    depth = _last_number(part, r"text_model\.encoder\.layers\.(\d+)\.") + 1
+    pooled_width = shape_of(part, projection, 2)[0] if projection in part.names else width
+    depth = last_number(part, r"text_model\.encoder\.layers\.(\d+)\.") + 1
     linear = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
     layers = [
         f"text_model.encoder.layers.{i}.{layer}"
@@ -204,8 +204,8 @@ def t5_sizes(part: Part) -> EncoderSizes:
     """
     embeddings = ("shared.weight", "encoder.embed_tokens.weight")
     embedding = next((name for name in embeddings if name in part.names), embeddings[0])
-    width = _shape(part, embedding, 2)[1]
-    depth = _last_number(part, r"encoder\.block\.(\d+)\.") + 1
+    width = shape_of(part, embedding, 2)[1]
+    depth = last_number(part, r"encoder\.block\.(\d+)\.") + 1
     first = [f"layer.0.SelfAttention.{kind}" for kind in ("q", "k", "v", "o")]
     second = [f"layer.1.DenseReluDense.{kind}" for kind in ("wi_0", "wi_1", "wo")]
     layers = [*first, "layer.0.layer_norm", *second, "layer.1.layer_norm"]
@@ -215,56 +215,7 @@ def t5_sizes(part: Part) -> EncoderSizes:
     return EncoderSizes(depth, width, 0)
 
 
-def check_names(part: Part, expected: Iterable[str], optional: Sequence[str] = ()) -> None:
-    """This checks that a part has exactly the tensors it needs.
-
-    Args:
-        part: Any part.
-        expected: The names that it needs.
-        optional: Names that it may have besides.
-
-    Raises:
-        ConfigError: Some are missing, or there are others.
-    """
-    wanted = dict.fromkeys(expected)
-    missing = [name for name in wanted if name not in part.names]
-    unknown = [name for name in part.names if name not in wanted and name not in optional]
-    if missing:
-        raise ConfigError(
-            f"{part.title} is incomplete: {len(missing)} of {len(wanted)} tensors are missing ({_some(missing)})"
-        )
-    if unknown:
-        raise ConfigError(f"{part.title} holds {len(unknown)} unknown tensors ({_some(unknown)})")
-
-
-def _names_in_layout(maps: Iterable[KeyMap], layout: str) -> list[str]:
-    """The tensor names of one spelling."""
-    return [name for entry in maps for name in ((entry.ours,) if layout == "single" else entry.theirs)]
-
-
 def count_parameters(shapes: Mapping[str, Sequence[int]], layout: str) -> int:
     """The denoiser's learnable parameters: all but the stored position table."""
     table = _DENOISER_NAMES[layout].table
     return sum(math.prod(shape) for name, shape in shapes.items() if name != table)
-
-
-def _shape(part: Part, name: str, dims: int) -> tuple[int, ...]:
-    shape = part.shapes.get(name)
-    if shape is None:
-        raise ConfigError(f"{part.title} is incomplete: {name} is missing")
-    if len(shape) != dims:
-        size = "x".join(map(str, shape))
-        raise ConfigError(f"{part.title}: {name} is {size}, which has {len(shape)} dimensions rather than {dims}")
-    return shape
-
-
-def _numbers(part: Part, pattern: str) -> set[int]:
-    return {int(match[1]) for name in part.names if (match := re.match(pattern, name))}
-
-
-def _last_number(part: Part, pattern: str) -> int:
-    return max(_numbers(part, pattern), default=-1)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")

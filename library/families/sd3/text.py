@@ -8,7 +8,6 @@ Shapes:
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,27 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.families.sd3.options import Sd3Options
+from library.families.sd3.tokenizers import Sd3Tokenizers, load_tokenizers
 from library.records import TensorRecord
 from library.text_encoders.clip import encode_clip
 from library.text_encoders.t5 import encode_t5
-from library.text_encoders.tokenizers import (
-    CLIP_G_HUB_ID,
-    CLIP_L_HUB_ID,
-    CLIP_LENGTH,
-    T5_XXL_HUB_ID,
-    CaptionTokenizer,
-    TokenizerPlaces,
-    is_clip_folder,
-    is_t5_folder,
-    load_clip_tokenizer,
-    load_t5_tokenizer,
-)
-
-# The CLIPs share one vocabulary, so either's folder serves both.
-_CLIP_L_FOLDERS = ("tokenizer", "clip_l", "clip", "tokenizer_2", "clip_g")
-_CLIP_G_FOLDERS = ("tokenizer_2", "clip_g", "clip", "tokenizer", "clip_l")
-_T5_FOLDERS = ("tokenizer_3", "t5xxl", "t5")
-_CLIP_G_PAD_ID = 0
+from library.text_encoders.tokenizers import CLIP_LENGTH, CaptionTokenizer, TokenizerPlaces
 
 
 @dataclass(frozen=True)
@@ -132,6 +115,10 @@ class Sd3TextStrategy:
             "t5_padding": self.options.t5_padding,
         }
 
+    def windows(self) -> Mapping[str, CaptionTokenizer]:
+        """The tokenizers by the name of their encoder, for reports of what is cut."""
+        return Sd3Tokenizers(self.clip_l, self.clip_g, self.t5).windows()
+
     def tokenize(self, captions: Sequence[str]) -> Sd3Tokens:
         """Token ids of the captions, padded, on the CPU."""
         clip_l, clip_l_mask = self.clip_l(captions)
@@ -162,6 +149,24 @@ class Sd3TextStrategy:
         """The class of what ``encode`` returns."""
         return Sd3Text
 
+    def pack(self, text: TensorRecord, row: int) -> dict[str, Tensor]:
+        """What a store keeps of one row; with ``--t5_padding zero`` T5's zeros after the caption are left out."""
+        stored = {name: tensor[row] for name, tensor in text.tensors().items()}
+        if "t5" in stored and self.options.t5_padding == "zero":
+            stored["t5"] = _without_zeros_at_the_end(stored["t5"])
+        return stored
+
+    def unpack(self, rows: Sequence[Mapping[str, Tensor]]) -> Sd3Text:
+        """The batch of packed rows, bit for bit what ``encode`` gave."""
+        if self.t5 is None or self.options.t5_padding != "zero":
+            return Sd3Text.stack(rows)
+        packed = [row["t5"] for row in rows]
+        t5 = packed[0].new_zeros(len(rows), self.t5.length, packed[0].shape[-1])
+        for padded, tokens in zip(t5, packed):
+            padded[: len(tokens)] = tokens
+        clips = Sd3Text.stack([{name: tensor for name, tensor in row.items() if name != "t5"} for row in rows])
+        return dataclasses.replace(clips, t5=t5)
+
     def drop(self, text: TensorRecord, dropped: Tensor) -> Sd3Text:
         """The features with the rows in ``dropped`` (B,) made unconditional.
 
@@ -181,7 +186,8 @@ class Sd3TextStrategy:
         assert mask is not None
         features = encode_t5(encoder, ids, mask if self.options.apply_t5_attn_mask else None)
         if self.options.t5_padding == "zero":
-            features = features * mask.to(features.device)[:, :, None]
+            # Filled, not multiplied: -1 * 0 is -0, and what is left out of the store comes back as +0.
+            features = features.masked_fill(~mask.to(features.device)[:, :, None], 0)
         return features
 
 
@@ -199,16 +205,8 @@ def sd3_text_strategy(
     Raises:
         ConfigError: A tokenizer is nowhere, or unreadable.
     """
-    clip_l = places.find(_CLIP_L_FOLDERS, CLIP_L_HUB_ID, is_clip_folder)
-    clip_g = places.find(_CLIP_G_FOLDERS, CLIP_G_HUB_ID, is_clip_folder)
-    t5 = places.find(_T5_FOLDERS, T5_XXL_HUB_ID, is_t5_folder) if has_t5 else None
-    return Sd3TextStrategy(
-        clip_l=load_clip_tokenizer(clip_l, pad_id=None),
-        clip_g=load_clip_tokenizer(clip_g, pad_id=_CLIP_G_PAD_ID),
-        t5=None if t5 is None else load_t5_tokenizer(t5, length=options.t5xxl_max_token_length),
-        options=options,
-        identities=identities,
-    )
+    tokenizers = load_tokenizers(places, options, has_t5=has_t5)
+    return Sd3TextStrategy(*tokenizers, options=options, identities=identities)
 
 
 def drop_encoders(text: Sd3Text, *, clip_l_width: int, clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Sd3Text:
@@ -234,13 +232,10 @@ def drop_encoders(text: Sd3Text, *, clip_l_width: int, clip_l: Tensor, clip_g: T
     )
 
 
-def tokenizer_places(checkpoint: Path, tokenizer_dir: str | None, tokenizer_cache_dir: str | None) -> TokenizerPlaces:
-    """This says where the tokenizers of a checkpoint, a file or a folder, may lie."""
-    return TokenizerPlaces(
-        directory=None if tokenizer_dir is None else Path(tokenizer_dir),
-        beside=checkpoint if checkpoint.is_dir() else checkpoint.parent,
-        cache=None if tokenizer_cache_dir is None else Path(tokenizer_cache_dir),
-    )
+def _without_zeros_at_the_end(tokens: Tensor) -> Tensor:
+    """The tokens (T, D) up to the last one that has a bit set."""
+    (used,) = tokens.contiguous().view(torch.uint8).any(dim=-1).nonzero(as_tuple=True)
+    return tokens[: int(used[-1]) + 1 if len(used) else 0]
 
 
 def _zeroed(features: Tensor, rows: Tensor) -> Tensor:

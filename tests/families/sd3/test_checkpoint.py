@@ -5,11 +5,11 @@ from library.config.errors import ConfigError
 from library.config.model import ModelConfig
 from library.families.sd3.checkpoint import check_weights, load_mmdit, load_vae, read_mmdit_config, read_vae_config
 from library.families.sd3.files import locate
-from library.io.key_maps import to_diffusers
 from library.families.sd3.mmdit import CONFIGS
 from library.families.sd3.options import Sd3Options
 from library.families.sd3.sizes import denoiser_sizes, vae_sizes
 from library.io.header import read_header
+from library.io.key_maps import to_diffusers
 from library.io.safetensors import load_tensors, save_tensors
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import SD3_VAE

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from library.families.sd3.key_maps import denoiser_key_maps
-from library.io.key_maps import to_diffusers
 from library.families.sd3.mmdit import CONFIGS, MMDiT, MMDiTConfig
 from library.families.sd3.position_table import crop, sincos_table
 from library.families.sd3.skip_layers import skipped_layers
+from library.io.key_maps import to_diffusers
 from library.memory.checkpointing import enable_checkpointing
 from library.nn.attention import sdpa
 

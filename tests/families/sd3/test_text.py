@@ -135,10 +135,48 @@ def test_a_batch_is_its_rows(tiny_file, encoders):
 def test_stored_rows_come_back(tiny_file, encoders):
     strategy = family(tiny_file).text_strategy()
     text = encode(tiny_file, encoders)
-    rows = [{name: tensor[i] for name, tensor in text.tensors().items()} for i in range(3)]
-    back = strategy.record().stack(rows)
+    rows = [strategy.pack(text, row) for row in range(3)]
+    assert all(torch.equal(rows[1][name], tensor[1]) for name, tensor in text.tensors().items())
+    back = strategy.unpack(rows)
     assert isinstance(back, TensorRecord) and back.positions is None
     assert all(torch.equal(getattr(back, name), tensor) for name, tensor in text.tensors().items())
+
+
+def test_zero_padding_is_not_stored(tiny_file, encoders):
+    strategy = family(tiny_file, t5_padding="zero").text_strategy()
+    text = encode(tiny_file, encoders, t5_padding="zero")
+    lengths = strategy.tokenize(CAPTIONS).t5_mask.sum(dim=1).tolist()
+    assert max(lengths) < 20
+    for row, length in enumerate(lengths):
+        packed = strategy.pack(text, row)
+        assert packed["t5"].shape == (length, D) and torch.equal(packed["t5"], text.t5[row, :length])
+        assert packed["clip"].shape == (77, L + G)
+
+
+def test_padding_is_plus_zero_whatever_the_sign_before(tiny_file, encoders):
+    zeroed = encode(tiny_file, encoders, t5_padding="zero").t5
+    padding = zeroed[~family(tiny_file).text_strategy().tokenize(CAPTIONS).t5_mask]
+    assert padding.numel() and not padding.view(torch.int32).any()
+
+
+@pytest.mark.parametrize("used", [0, 1, 255, 256])
+def test_rows_of_every_length_come_back(tiny_file, used):
+    strategy = family(tiny_file, t5_padding="zero").text_strategy()
+    t5 = torch.zeros(2, 256, 4)
+    t5[0, :used] = -0.0  # not what padding is, so it counts
+    t5[1] = 1
+    text = Sd3Text(clip=torch.ones(2, 77, 8), pooled=torch.ones(2, 8), t5=t5)
+    packed = [strategy.pack(text, row) for row in range(2)]
+    assert [len(row["t5"]) for row in packed] == [used, 256]
+    back = strategy.unpack(packed)
+    assert torch.equal(back.t5.view(torch.int32), t5.view(torch.int32)) and torch.equal(back.clip, text.clip)
+
+
+def test_rows_without_a_t5_come_back(tiny_file, encoders):
+    text = dataclasses.replace(encode(tiny_file, encoders), t5=None)
+    strategy = dataclasses.replace(family(tiny_file, t5_padding="zero").text_strategy(), t5=None)
+    back = strategy.unpack([strategy.pack(text, row) for row in range(3)])
+    assert back.t5 is None and torch.equal(back.clip, text.clip) and torch.equal(back.pooled, text.pooled)
 
 
 def test_workers_get_the_same_tokens(tiny_file):

@@ -1,0 +1,163 @@
+"""Sana and Sana-1.5 as the trainer sees them (Xie et al. 2024, arXiv:2410.10629; 2025, arXiv:2501.18427)."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.config.errors import ConfigError
+from library.config.flow import FlowConfig
+from library.diffusion.flow_matching import FlowMatching
+from library.diffusion.timesteps import shift
+from library.families.sana.adapter_targets import adapter_targets
+from library.families.sana.checkpoint import check_weights, load_dit, load_vae, read_dit_config
+from library.families.sana.files import SanaFiles, describe, locate
+from library.families.sana.latents import SanaLatentStrategy
+from library.families.sana.linear_dit import LinearDiTConfig
+from library.families.sana.options import SanaOptions
+from library.families.sana.sizes import denoiser_sizes, fp16_warning
+from library.families.sana.skip_layers import skipped_layers
+from library.families.sana.text import SanaText, SanaTextStrategy
+from library.families.sana.tokenizers import load_tokenizer
+from library.io.parts import part_identity
+from library.io.safetensors import LazyTensors
+from library.nn.attention import attention_function
+from library.randomness import Draws
+from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
+from library.text_encoders.gemma import load_gemma
+from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
+
+log = logging.getLogger(__name__)
+
+TIMESTEPS = 1000
+SAMPLING_SHIFT, LARGEST_SAMPLING_SHIFT = 3.0, 6.0
+_LARGEST_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class SanaFamily:
+    """One Sana checkpoint with the options that act on it (``library.families.protocols.ModelFamily``).
+
+    Attributes:
+        files: Where each part lies.
+        options: The family's own options.
+        denoiser: Sizes of the denoiser.
+        description: What the files said about the model.
+        latents: Pictures to latents.
+        objective: How a picture is noised and the answer is measured.
+        adapter_targets: Which layers an adapter changes, by component.
+        tokenizers: Where to look for the tokenizer.
+        attention: Name of the function for the attention to the text.
+        mmap: Whether weights are mapped rather than read.
+        name: In the registry.
+    """
+
+    files: SanaFiles
+    options: SanaOptions
+    denoiser: LinearDiTConfig
+    description: ModelDescription
+    latents: SanaLatentStrategy
+    objective: FlowMatching
+    adapter_targets: Mapping[str, AdapterTargets]
+    tokenizers: TokenizerPlaces
+    attention: str
+    mmap: bool
+    name: str = "sana"
+
+    def text_strategy(self) -> SanaTextStrategy:
+        """The strategy with the tokenizer loaded."""
+        tokenizer = load_tokenizer(self.tokenizers, self.options, self.files)
+        return SanaTextStrategy(tokenizer, part_identity(self.files.gemma))
+
+    def load_text_encoders(self, *, device: Any, dtype: Any) -> dict[str, nn.Module]:
+        """``gemma``, frozen, in eval mode."""
+        part = self.files.gemma
+        read_to = "meta" if torch.device(device).type == "meta" else "cpu"
+        tensors = LazyTensors(part, device=read_to, mmap=self.mmap).items()
+        return {"gemma": load_gemma(tensors, part.shapes, device=device, dtype=dtype, source=part.title)}
+
+    def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
+        """The DC-AE, frozen, in eval mode."""
+        return load_vae(self.files, device=device, dtype=dtype, mmap=self.mmap)
+
+    def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
+        """The denoiser, frozen, in eval mode."""
+        if dtype == torch.bfloat16 and torch.device(device).type != "meta":
+            warning = fp16_warning(self.files.denoiser, denoiser_sizes(self.files.denoiser))
+            if warning is not None:
+                log.warning(warning)
+        attention = attention_function(self.attention)
+        return load_dit(self.files, self.denoiser, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
+
+    def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> SanaText:
+        """The conditioning as it is: nothing acts in training only."""
+        assert isinstance(text, SanaText)
+        return text
+
+    def predict(self, denoiser: nn.Module, noised: NoisedLatents, text: TensorRecord) -> Tensor:
+        """The denoiser's velocity (B, C, h, w). It is told the noise level in thousandths, without their fraction."""
+        assert isinstance(text, SanaText)
+        dtype = next(denoiser.parameters()).dtype
+        timestep = torch.floor(noised.sigma.float() * TIMESTEPS)
+        return denoiser(noised.x_t.to(dtype), timestep, text.context.to(dtype), text.mask)
+
+    def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The blocks in forward order."""
+        unwrapped: Any = getattr(denoiser, "module", denoiser)  # DistributedDataParallel keeps it in ``module``
+        return list(unwrapped.blocks)
+
+    def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
+        """The noise levels of diffusers' flow schedule (steps + 1,), from a little below 1 to 0, fp32.
+
+        Evenly spaced steps through the table of 1000 levels are shifted. The shift is the published scheduler's, at
+        every resolution.
+        """
+        side = max(self.description.native_resolution)
+        factor = LARGEST_SAMPLING_SHIFT if side >= _LARGEST_SIDE else SAMPLING_SHIFT
+        levels = 1 - torch.linspace(1 / TIMESTEPS, 1, steps + 1, dtype=torch.float64)
+        return shift(levels, factor).float()
+
+    def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """A context manager inside which the blocks ``layers`` leave the image tokens as they are."""
+        return skipped_layers(self.blocks(denoiser), layers)
+
+
+def create(config: Any) -> SanaFamily:
+    """This makes the family from a validated configuration. Only headers of files are read.
+
+    Args:
+        config: With the groups ``model``, ``family``, ``flow``, ``loss`` and ``memory``.
+
+    Raises:
+        ConfigError: The files are missing, unusable, or don't fit each other.
+    """
+    model, options = config.model, config.family
+    files = locate(model, options)
+    denoiser = read_dit_config(files, options)
+    if wrong := check_weights(files, denoiser):
+        raise ConfigError("\n".join(wrong))
+    description = describe(files, options)
+    return SanaFamily(
+        files=files,
+        options=options,
+        denoiser=denoiser,
+        description=description,
+        latents=SanaLatentStrategy(part_identity(files.vae)),
+        objective=FlowMatching(with_own_shift(config.flow, description), config.loss, TIMESTEPS),
+        adapter_targets=adapter_targets(depth=denoiser.depth),
+        tokenizers=tokenizer_places(model),
+        attention=config.memory.attention_backend,
+        mmap=not model.disable_mmap_load_safetensors,
+    )
+
+
+def with_own_shift(flow: FlowConfig, description: ModelDescription) -> FlowConfig:
+    """The noise levels with the model's published shift where nobody gave one."""
+    if flow.training_shift is not None or flow.flow_schedule_auto_shift:
+        return flow
+    return dataclasses.replace(flow, training_shift=description.defaults["training_shift"])

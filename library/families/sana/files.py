@@ -1,0 +1,182 @@
+"""Where each part of Sana lies, and whether the files can work together, from their headers alone.
+
+A part that the user names wins over the one inside the base model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.config.errors import ConfigError
+from library.config.model import ModelConfig
+from library.families.sana.options import LATENTS, NO_PREFIX, SanaOptions
+from library.families.sana.parts import COMPONENTS, LAYOUT
+from library.families.sana.sizes import (
+    DenoiserSizes,
+    count_parameters,
+    denoiser_sizes,
+    gemma_sizes,
+    image_size,
+    vae_sizes,
+)
+from library.io.parts import Part
+from library.records import ModelDescription, Resolution
+
+_IMPLEMENTATION = "https://github.com/NVlabs/Sana"
+_READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": denoiser_sizes, "vae": vae_sizes, "gemma": gemma_sizes}
+_SHIFT, _SMALL_SHIFT, _LARGEST_SHIFT = 3.0, 4.0, 6.0
+
+
+@dataclass(frozen=True)
+class SanaFiles:
+    """Where each part lies.
+
+    Attributes:
+        denoiser: The transformer.
+        vae: DC-AE.
+        gemma: The text encoder.
+    """
+
+    denoiser: Part
+    vae: Part
+    gemma: Part
+
+
+def problems(model: ModelConfig, options: SanaOptions) -> list[str]:
+    """This checks every path from headers alone and returns all that is wrong, a line each.
+
+    Args:
+        model: The base model and the VAE.
+        options: The text encoder and the prefix.
+    """
+    return _search(model, options)[1]
+
+
+def locate(model: ModelConfig, options: SanaOptions) -> SanaFiles:
+    """This finds every part.
+
+    Args:
+        model: The base model and the VAE.
+        options: The text encoder and the prefix.
+
+    Raises:
+        ConfigError: What ``problems`` returns, if anything.
+    """
+    parts, wrong = _search(model, options)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return SanaFiles(parts["denoiser"], parts["vae"], parts["gemma"])
+
+
+def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescription:
+    """This says which model the files are.
+
+    Args:
+        files: From ``locate``.
+        options: The family's options; None: their defaults.
+    """
+    options = options or SanaOptions()
+    sizes = denoiser_sizes(files.denoiser)
+    side = image_size(files.denoiser, options)
+    parameters = count_parameters(files.denoiser)
+    size = f"{parameters / 1e9:.1f}B" if parameters > 1e8 else f"{parameters / 1e6:.1f}M"
+    return ModelDescription(
+        title=f"Sana{'-1.5' if sizes.qk_norm else ''} {size}, {side} px",
+        architecture="sana-1.5" if sizes.qk_norm else "sana",
+        base_model_version=f"{'1.5' if sizes.qk_norm else '1.0'}-{size.lower()}-{side}px",
+        parameters=parameters,
+        sizes={
+            "depth": sizes.depth,
+            "width": sizes.width,
+            "heads": sizes.width // sizes.head_dim,
+            "heads to the text": sizes.num_cross_heads,
+            "query and key norms": "yes" if sizes.qk_norm else "no",
+            "positions": "none" if side <= 1024 else f"{side // LATENTS.stride}x{side // LATENTS.stride}",
+        },
+        native_resolution=Resolution(side, side),
+        implementation=_IMPLEMENTATION,
+        blocks=sizes.depth,
+        text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
+        defaults={"training_shift": published_shift(sizes, side)},
+    )
+
+
+def published_shift(sizes: DenoiserSizes, side: int) -> float:
+    """This is the shift of the noise levels that a model was trained with.
+
+    Args:
+        sizes: Of the denoiser.
+        side: Of the pictures that it was made for, in pixels.
+    """
+    if side >= 4096:
+        return _LARGEST_SHIFT
+    small = not sizes.qk_norm and (sizes.depth, sizes.width) == (28, 1152)
+    return _SMALL_SHIFT if small and side == 1024 else _SHIFT
+
+
+def _search(model: ModelConfig, options: SanaOptions) -> tuple[dict[str, Part], list[str]]:
+    """All parts that can be found, and all that is wrong."""
+    named = {"vae": model.vae, "gemma": options.gemma}
+    parts, wrong = LAYOUT.search(model.pretrained_model_name_or_path, named)
+    wrong += _misfits(parts, named)
+    try:
+        read_prefix(options)
+    except ConfigError as error:
+        wrong.append(str(error))
+    if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
+        wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
+    return parts, wrong
+
+
+def read_prefix(options: SanaOptions) -> str | None:
+    """This reads the text before every caption; None: the published instruction.
+
+    Args:
+        options: With ``sana_prompt_prefix``.
+
+    Raises:
+        ConfigError: The file can't be read.
+    """
+    name = options.sana_prompt_prefix
+    if name is None:
+        return None
+    if name == NO_PREFIX:
+        return ""
+    option = "--sana_prompt_prefix"
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{option}: {name} can't be read ({error.strerror}); name a text file, or none") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option}: {name} is not UTF-8 text; save it as UTF-8") from None
+    text = text.removesuffix("\n")  # that of editors; a space at the end belongs to the text
+    if not text.strip():
+        raise ConfigError(f"{option}: {name} is empty; write the text into it, or use {option} {NO_PREFIX}")
+    return text
+
+
+def _misfits(parts: Mapping[str, Part], named: Mapping[str, str | None]) -> list[str]:
+    """What is wrong inside the parts, and between them."""
+    wrong: list[str] = []
+    sizes: dict[str, Any] = {}
+    for name, part in parts.items():
+        try:
+            sizes[name] = _READERS[name](part)
+        except ConfigError as error:
+            wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
+
+    def at(name: str) -> str:
+        return f"{COMPONENTS[name].option}: {parts[name].title}" if named.get(name) else parts[name].title
+
+    if "denoiser" not in sizes:
+        return wrong
+    denoiser: DenoiserSizes = sizes["denoiser"]
+    if (vae := sizes.get("vae")) and (vae.latent_channels, vae.stride) != (denoiser.in_channels, LATENTS.stride):
+        wrong.append(
+            f"{at('vae')} is a DC-AE with {vae.latent_channels} channels that compresses {vae.stride} times; the "
+            f"denoiser takes {denoiser.in_channels} channels of {LATENTS.stride} times"
+        )
+    if (gemma := sizes.get("gemma")) and gemma.width != denoiser.context_width:
+        wrong.append(f"{at('gemma')} is a Gemma of width {gemma.width}; the denoiser takes {denoiser.context_width}")
+    return wrong

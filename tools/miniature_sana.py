@@ -1,0 +1,253 @@
+"""A complete, tiny Sana-1.5 with random weights: denoiser, DC-AE, Gemma, tokenizer.
+
+It has everything that the published model has (query and key norms, attention in the autoencoder's deep stages, sides
+compressed 32 times), in the published names, and is made in seconds. The published parts lie in files of their own;
+here one file can hold them all.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.families.sana.dc_ae import DCAE, DCAEConfig
+from library.families.sana.export import STEM, save_folder
+from library.families.sana.key_maps import vae_key_maps
+from library.families.sana.linear_dit import LinearDiT, LinearDiTConfig
+from library.families.sana.options import LATENTS
+from library.families.sana.tokenizers import INSTRUCTION
+from library.io.atomic import write_text
+from library.io.key_maps import to_diffusers
+from library.io.safetensors import save_tensors
+from library.nn.attention import sdpa
+from library.randomness import torch_generator
+from library.text_encoders.gemma import gemma_config
+from tools.miniature_tokenizers import WORDS, gemma_pieces, write_gemma_tokenizer
+
+FILE_NAME = "sana-miniature.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+IMAGE_SIZE = 1024
+_HEAD_DIM, _GEMMA_HEAD_DIM = 32, 256
+_METADATA = {
+    "modelspec.title": "Miniature of Sana-1.5",
+    "modelspec.description": "Random weights, for tests and for trying things out",
+}
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SanaSizes:
+    """How small the miniature is.
+
+    Attributes:
+        depth: Blocks of the denoiser.
+        width: Of the denoiser, a multiple of the head size, 32.
+        gemma_width: Of Gemma and of the denoiser's context.
+        gemma_depth: Layers of Gemma.
+        gemma_hidden: Width inside Gemma's feed-forward layers.
+        vae_widths: Features of the DC-AE per stage, from full resolution down; from the fourth on multiples of 32.
+        vae_blocks: Blocks of the DC-AE per stage.
+    """
+
+    depth: int = 4
+    width: int = 256
+    gemma_width: int = 256
+    gemma_depth: int = 2
+    gemma_hidden: int = 512
+    vae_widths: tuple[int, ...] = (16, 16, 32, 64, 64, 64)
+    vae_blocks: int = 1
+
+    def denoiser(self) -> LinearDiTConfig:
+        """The denoiser's configuration."""
+        return LinearDiTConfig(
+            depth=self.depth,
+            width=self.width,
+            head_dim=_HEAD_DIM,
+            num_cross_heads=self.width // _HEAD_DIM,
+            mlp_ratio=2.5,
+            patch_size=LATENTS.patch,
+            in_channels=LATENTS.channels,
+            context_width=self.gemma_width,
+            qk_norm=True,
+            position_base=None,
+            position_scale=1.0,
+        )
+
+    def vae(self) -> DCAEConfig:
+        """The DC-AE's configuration."""
+        depths = (self.vae_blocks,) * len(self.vae_widths)
+        return DCAEConfig(
+            widths=self.vae_widths,
+            encoder_depths=depths,
+            decoder_depths=depths,
+            attention_from=3,
+            latent_channels=LATENTS.channels,
+        )
+
+    def gemma(self) -> dict[str, tuple[int, ...]]:
+        """Gemma's tensors: name -> shape."""
+        width, hidden, heads = self.gemma_width, self.gemma_hidden, _GEMMA_HEAD_DIM
+        layer = {
+            "self_attn.q_proj": (2 * heads, width),
+            "self_attn.k_proj": (heads, width),
+            "self_attn.v_proj": (heads, width),
+            "self_attn.o_proj": (width, 2 * heads),
+            "mlp.gate_proj": (hidden, width),
+            "mlp.up_proj": (hidden, width),
+            "mlp.down_proj": (width, hidden),
+            **{
+                f"{place}_layernorm": (width,)
+                for place in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+            },
+        }
+        vocabulary = -(-len(gemma_pieces(_words())) // 64) * 64
+        return {
+            "embed_tokens.weight": (vocabulary, width),
+            **{f"layers.{i}.{name}.weight": shape for i in range(self.gemma_depth) for name, shape in layer.items()},
+            "norm.weight": (width,),
+        }
+
+
+def make_sana(
+    output: Path, *, seed: int = 0, dtype: str = "fp32", layout: str = "single", sizes: SanaSizes | None = None
+) -> Path:
+    """This writes the miniature; the same arguments give the same bytes.
+
+    Args:
+        output: The folder, made if missing. The tokenizer lies in it too.
+        seed: Of the weights.
+        dtype: What the weights are stored as: fp32, fp16 or bf16.
+        layout: ``single`` writes one file with all parts, ``diffusers`` a folder per part.
+        sizes: How small.
+
+    Returns:
+        What ``--pretrained_model_name_or_path`` takes: the single file, or ``output``.
+    """
+    sizes = sizes or SanaSizes()
+    output.mkdir(parents=True, exist_ok=True)
+    write_gemma_tokenizer(output / "tokenizer", _words())
+    parts = sana_weights(seed, sizes)
+    if layout == "diffusers":
+        _write_diffusers(output, parts, sizes, DTYPES[dtype])
+        return output
+    prefixes = {
+        "denoiser": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "gemma": "text_encoders.gemma2_2b.transformer.model.",
+    }
+    tensors = {prefixes[part] + name: tensor for part, weights in parts.items() for name, tensor in weights.items()}
+    save_tensors(tensors, output / FILE_NAME, _METADATA, dtype=DTYPES[dtype])
+    return output / FILE_NAME
+
+
+def sana_weights(seed: int, sizes: SanaSizes) -> dict[str, Weights]:
+    """This makes the weights of all parts, fp32, each part with the names of the published files."""
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "denoiser": LinearDiT(sizes.denoiser(), attention=sdpa),
+            "vae": DCAE(sizes.vae()),
+        }
+    shapes = {
+        part: {name: tuple(place.shape) for name, place in module.state_dict().items()}
+        for part, module in modules.items()
+    }
+    shapes["gemma"] = sizes.gemma()
+    return {
+        part: {name: _value(f"{part}.{name}", shape, seed) for name, shape in names.items()}
+        for part, names in shapes.items()
+    }
+
+
+def _words() -> list[str]:
+    """The words that are one token each: those of every miniature, and those of the instruction before captions."""
+    instruction = "".join(letter if letter.isalpha() else " " for letter in INSTRUCTION).split()
+    return list(dict.fromkeys([*WORDS, *instruction]))
+
+
+# Size of the numbers, for activations about 1: of a layer's outputs for inputs about 1.
+_SCALES = (
+    ("denoiser.final_layer.linear.weight", 0.5),
+    ("vae.decoder.project_out.2.conv.weight", 0.5),
+)
+
+
+def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    noise = torch.randn(shape, generator=torch_generator(seed, name))
+    if len(shape) == 1:
+        if name.endswith("bias"):
+            return 0.02 * noise
+        return 0.1 * noise + (0 if name.startswith("gemma.") else 1)  # Gemma adds one to its gains
+    scale = next((scale for pattern, scale in _SCALES if fnmatchcase(name, pattern)), 1.0)
+    return scale / math.sqrt(math.prod(shape[1:])) * noise
+
+
+def _write_diffusers(output: Path, parts: Mapping[str, Weights], sizes: SanaSizes, dtype: torch.dtype) -> None:
+    save_folder(parts["denoiser"], sizes.denoiser(), output / "transformer", {}, image_size=IMAGE_SIZE, dtype=dtype)
+    vae = sizes.vae()
+    maps = vae_key_maps(
+        encoder_depths=vae.encoder_depths, decoder_depths=vae.decoder_depths, attention_from=vae.attention_from
+    )
+    gemma = gemma_config(sizes.gemma(), source="the miniature").to_dict() | {"architectures": ["Gemma2Model"]}
+    folders = (
+        ("vae", STEM, dict(to_diffusers(parts["vae"], maps)), _vae_config(vae)),
+        ("text_encoder", "model", parts["gemma"], gemma),
+    )
+    for folder, name, tensors, config in folders:
+        save_tensors(tensors, output / folder / f"{name}.safetensors", {"format": "pt"}, dtype=dtype)
+        _write_json(output / folder / "config.json", config)
+    _write_json(output / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    _write_json(output / "model_index.json", dict(_model_index()))
+
+
+_SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+
+
+def _model_index() -> Iterator[tuple[str, Any]]:
+    yield "_class_name", "SanaPipeline"
+    yield "scheduler", ["diffusers", _SCHEDULER["_class_name"]]
+    yield "transformer", ["diffusers", "SanaTransformer2DModel"]
+    yield "vae", ["diffusers", "AutoencoderDC"]
+    yield "text_encoder", ["transformers", "Gemma2Model"]
+    yield "tokenizer", ["transformers", "PreTrainedTokenizerFast"]
+
+
+def _vae_config(config: DCAEConfig) -> dict[str, Any]:
+    stages = range(len(config.widths))
+    kinds = ["EfficientViTBlock" if stage >= config.attention_from else "ResBlock" for stage in stages]
+    scales = [[5] if stage >= config.attention_from else [] for stage in stages]
+    return {
+        "_class_name": "AutoencoderDC",
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": 32,
+        "encoder_block_types": kinds,
+        "decoder_block_types": kinds,
+        "encoder_block_out_channels": list(config.widths),
+        "decoder_block_out_channels": list(config.widths),
+        "encoder_layers_per_block": list(config.encoder_depths),
+        "decoder_layers_per_block": list(config.decoder_depths),
+        "encoder_qkv_multiscales": scales,
+        "decoder_qkv_multiscales": scales,
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "conv",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": LATENTS.scale,
+    }
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
