@@ -45,7 +45,7 @@ def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> in
     try:
         return _run(family, arguments, script, network=network)
     except ConfigError as error:
-        print_errors(str(error).splitlines())
+        _print_late_errors(str(error).splitlines())
         return WRONG_USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -161,6 +161,14 @@ def print_errors(problems: Iterable[str]) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
+
+
+def _print_late_errors(problems: Iterable[str]) -> None:
+    """This prints what stopped this process; it may be the only one that has met it, so it says which it is."""
+    rank = os.environ.get("RANK", "0")
+    name = "error" if rank == "0" else f"error in process {rank}"
+    for problem in problems:
+        print(f"{name}: {problem}", file=sys.stderr)
 
 
 def _is_main_process() -> bool:

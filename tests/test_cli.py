@@ -302,3 +302,25 @@ def test_every_option_says_what_happens_by_default():
 def test_option_pages_are_up_to_date():
     assert pages()
     assert list(stale_pages(ROOT / "docs" / "options")) == [], "run python tools/make_option_pages.py"
+
+
+def test_what_stops_one_process_alone_is_told_by_it(monkeypatch, capsys):
+    def run(*arguments, **options):
+        raise ConfigError("the disk is full")
+
+    monkeypatch.setattr(cli, "_run", run)
+    for rank, begins in (("0", "error: the disk"), ("3", "error in process 3: the disk")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert cli.main("sd3", network=True, argv=[]) == 2
+        assert capsys.readouterr().err.startswith(begins)
+
+
+def test_options_about_a_dataset_that_is_wrong_are_not_blamed_too(tmp_path, capsys):
+    dataset = tmp_path / "dataset.toml"
+    dataset.write_text("[[datasets]]\nresolutoin = 64\n")
+    words = ["--dataset_config", str(dataset), "--cache_text_encoder_outputs", "--caption_variants", "4"]
+    assert main("sd3", network=True, argv=[*words, "--validate_every_n_steps", "5", "--masked_loss"]) == 2
+    errors = capsys.readouterr().err
+    assert "resolutoin" in errors
+    assert not any(name in errors for name in ("--caption_variants", "--validate_every_n_steps", "--masked_loss"))

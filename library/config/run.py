@@ -130,10 +130,12 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Every contradiction between groups, one line each; all at once, so that nobody meets them one per run."""
+        # without datasets, because theirs are wrong, every option about them would seem to do nothing
         return [
-            *self._text_problems(),
+            *(self._text_problems() if self.datasets else ()),
             *self._learning_problems(),
-            *self._data_problems(),
+            *(self._data_problems() if self.datasets else ()),
+            *self._caching_problems(),
             *path_problems(self),
             *(flow_problems(self.flow, self.loss) if self.flow is not None else ()),
         ]
@@ -257,6 +259,8 @@ class RunConfig:
                         f"--cache_latents keeps one version of a picture, but {name} of {place} makes others; "
                         "remove one"
                     )
+
+    def _caching_problems(self) -> Iterator[str]:
         for name, switch in (
             ("vae_batch_size", "cache_latents"),
             ("text_encoder_batch_size", "cache_text_encoder_outputs"),

@@ -1,7 +1,8 @@
 """The SQLite database in which an index of files remembers what it saw.
 
 Several processes may look and write at the same time, and any of them may be killed. It is only a memory: a database of
-another layout is made anew.
+another layout is made anew. It keeps SQLite's rollback journal: a write-ahead log doesn't work on network drives, and
+two processes that switch it on at once lock each other out.
 """
 
 import contextlib
@@ -50,8 +51,6 @@ class IndexDatabase:
         try:
             with contextlib.closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as database:
                 database.execute("PRAGMA synchronous=NORMAL")
-                if database.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-                    database.execute("PRAGMA journal_mode=WAL")
                 if _layout(database) != _LAYOUT:
                     _make_tables(database)
                 yield database

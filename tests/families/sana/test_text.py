@@ -75,8 +75,8 @@ def test_what_is_read(places):
     assert mask.sum(dim=1)[2] == tokenizer.tokenizer.length and (ids[~mask] == 0).all()
     assert mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()  # padded on the right
     read = pieces(tokenizer, CAPTIONS[0])
-    assert read[0] == "<bos>" and read[-5:] == ["▁a", "▁red", "▁", "C", "ircle"][:0] + read[-5:]
-    assert "<eos>" not in read and "▁red" in read and "▁Enhanced" in read
+    assert read[0] == "<bos>" and "<eos>" not in read and "▁Enhanced" in read
+    assert "".join(read).endswith("▁Prompt:▁a▁red▁Circle") and "▁red" in read
     for caption in ("", " "):
         assert pieces(tokenizer, caption) == ["<bos>"]
     assert pieces(tokenizer, "  two dogs \n") == pieces(tokenizer, "two dogs")
@@ -99,7 +99,7 @@ def test_the_denoiser_sees_the_start_and_the_caption_alone(places, gemma):
 
 def test_the_prefix_acts_although_it_is_not_seen(places, gemma):
     plain, prefixed = (encode(strategy_of(places, **o), gemma, ["a cat"]) for o in ({"sana_prompt_prefix": "none"}, {}))
-    assert torch.equal(plain.context[:, 0], prefixed.context[:, 0])
+    torch.testing.assert_close(plain.context[:, 0], prefixed.context[:, 0], atol=1e-5, rtol=1e-4)
     assert (plain.context - prefixed.context)[:, 2].abs().max() > 0.01
     empty = [encode(strategy_of(places, **o), gemma, [""]) for o in ({"sana_prompt_prefix": "none"}, {})]
     assert torch.equal(empty[0].context, empty[1].context)
