@@ -4,11 +4,13 @@ python -m bench.data [--part startup|caching|loader] [--counts 1000 10000 100000
 
 Start-up: generated folders of small JPEGs and captions, scanned, read, placed and planned in a fresh process, cold
 (nothing is remembered) and warm. Caching: pictures through a VAE of SD3's kind, a quarter as wide, against the VAE
-alone. Loader: samples at the sizes of SD3.5 at 1024 px from a packed store, against plain reads of the same bytes.
+alone. Loader: samples at the sizes of SD3.5 at 1024 px from a packed store, against plain reads of the same bytes; with
+the noise that each sample gets, whose drawing takes most of the time, and without.
 Everything lies in a temporary folder and is deleted.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -92,10 +94,10 @@ def loader(folder: Path, counts: list[int]) -> Iterator[Row]:
         "MB/s": size * samples / plain / 1e6,
         "of plain %": 100.0,
     }
-    for workers in (0, 2, 4):
-        seconds = _best(partial(loader_seconds, stores, workers))
+    for workers, noise in itertools.product((0, 2, 4), (True, False)):
+        seconds = _best(partial(loader_seconds, stores, workers, noise=noise))
         yield {
-            "reader": "loader",
+            "reader": "loader" if noise else "without noise",
             "workers": workers,
             "samples/s": samples / seconds,
             "MB/s": size * samples / seconds / 1e6,

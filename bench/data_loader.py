@@ -1,5 +1,6 @@
 """Reading cached samples at the sizes of SD3.5 at 1024 px: the loader, and plain reads of the same bytes."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from library.data.plan import BatchPlan
 from library.data.store import PackedStore
 from library.families.sd3.options import LATENTS as FORMAT
 from library.families.sd3.text import Sd3Text
+from library.randomness import Draws
 from library.records import Resolution, Sample
 
 _SIDE = 1024
@@ -95,8 +98,19 @@ def fill_stores(folder: Path, samples: int) -> Stores:
     return Stores(reader, plan, (folder / "latents", folder / "text"), written)
 
 
-def loader_seconds(stores: Stores, workers: int) -> float:
-    """One epoch through the loader, from its first batch on; starting the workers isn't counted."""
+def loader_seconds(stores: Stores, workers: int, *, noise: bool) -> float:
+    """One epoch through the loader, from its first batch on; starting the workers isn't counted.
+
+    Args:
+        stores: What is read.
+        workers: Threads that read.
+        noise: Whether each sample's noise is drawn.
+    """
+    with contextlib.nullcontext() if noise else mock.patch.object(Draws, "normal", lambda *_: torch.empty(0)):
+        return _loader_seconds(stores, workers)
+
+
+def _loader_seconds(stores: Stores, workers: int) -> float:
     steps = stores.plan.steps_per_epoch
     micro_batches = itertools.chain.from_iterable(stores.plan.step(step) for step in range(steps + 1))
     batches = make_loader(stores.reader, micro_batches, workers=workers)
