@@ -11,6 +11,7 @@ from library.config.caching import CachingConfig
 from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.ema import EmaConfig
 from library.config.flow import FlowConfig, flow_problems
 from library.config.full import FullConfig, full_model_problems, full_problems
 from library.config.logging import LoggingConfig
@@ -57,6 +58,7 @@ def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
         **({"network": NetworkConfig} if network else {"full": FullConfig}),
         "optimizer": OptimizerConfig,
         "training": TrainingConfig,
+        "ema": EmaConfig,
         "memory": MemoryConfig,
         **family_options.OBJECTIVE_GROUPS,
         "validation": ValidationConfig,
@@ -96,6 +98,7 @@ class RunConfig:
     full: FullConfig | None = None
     optimizer: OptimizerConfig
     training: TrainingConfig
+    ema: EmaConfig
     memory: MemoryConfig
     flow: FlowConfig | None = None
     loss: LossConfig
@@ -139,6 +142,7 @@ class RunConfig:
         return [
             *(self._text_problems() if self.datasets else ()),
             *self._learning_problems(),
+            *self._average_problems(),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),
@@ -237,6 +241,13 @@ class RunConfig:
             yield (
                 f"--max_train_epochs {self.training.max_train_epochs} and --max_train_steps "
                 f"{self.training.max_train_steps} both say how long; keep one"
+            )
+
+    def _average_problems(self) -> Iterator[str]:
+        if self.ema.use_ema and "schedulefree" in self.optimizer.name.lower():
+            yield (
+                f"--use_ema does nothing with --optimizer_type {self.optimizer.name}, which averages the weights by "
+                "itself; remove it"
             )
 
     def _data_problems(self) -> Iterator[str]:

@@ -12,7 +12,6 @@ _SHARDING = (
 _HUB = "nothing is uploaded while training. Upload the result with `hf upload <repo> <file>`"
 _EXACT_RESUME = "--resume always goes on exactly where the state was saved, data order included. Remove it"
 _QUANTISED = "the base model can't be stored quantised. Use --mixed_precision bf16 with --gradient_checkpointing"
-_EMA = "no moving average of the weights is kept. Use the checkpoints of --save_every_n_steps"
 _IN_PROMPTS = "each line of the --sample_prompts file says it for its picture"
 _IN_DATASET = "the dataset TOML says it; see --dataset_config"
 
@@ -62,8 +61,8 @@ REASONS: dict[str, str] = {
     "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "quantize_via": _QUANTISED,
-    "use_ema": _EMA,
-    "ema_decay": _EMA,
+    "ema_cpu_only": "use --ema_device cpu, which is the default",
+    "ema_foreach_disable": "the average is the same either way. Remove it",
     "validation_preview": "samples are shown when they are finished. Remove it",
     "validation_preview_steps": "samples are shown when they are finished. Remove it",
     "validation_prompt": "prompts stand in a file. Write it there and name the file by --sample_prompts",

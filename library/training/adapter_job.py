@@ -58,15 +58,15 @@ class AdapterJob:
         network = create_network(config, roots, family.adapter_targets, seed)
         return network.to(next(roots[DENOISER].parameters()).device, precision.trained)
 
-    def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None) -> list[Path]:
+    def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None, facts: Mapping[str, str]) -> list[Path]:
         """See ``Job``: a file per format that was asked for."""
         assert run.config.network is not None
         written = []
         for suffix, (tensors, format_metadata) in run.trainable.files(run.config.network.save_format).items():
             path = Path(run.config.saving.output_dir) / f"{stem}{suffix}.safetensors"
             tensors = {name: _for_saving(tensor, dtype) for name, tensor in tensors.items()}
-            facts = {"sshs_model_hash": tensor_hash(tensors)}
-            metadata = {**checkpoint_metadata(run, done, facts, kind="/lora"), **format_metadata}
+            known = {**facts, "sshs_model_hash": tensor_hash(tensors)}
+            metadata = {**checkpoint_metadata(run, done, known, kind="/lora"), **format_metadata}
             save_tensors(tensors, path, metadata)
             written.append(path)
         return written

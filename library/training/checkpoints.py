@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from library.config.errors import ConfigError
+from library.config.run import RunConfig
 from library.config.saving import SavingConfig
 from library.io.atomic import fsync_directory
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
+from library.training.ema import WeightAverage
 from library.training.optimizers import load_optimizer_state, set_training_mode
 from library.training.run import Run
 
 STATE_FORMAT = 1
-TRAINABLE, OPTIMIZER, PROGRESS = "trainable.safetensors", "optimizer.pt", "state.json"
+TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+RAW = "_raw"
+"""Goes after the name of what is made with the weights as they are trained, beside their average."""
+
 _DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -42,8 +47,13 @@ def save_weights(run: Run, stem: str, done: int) -> list[Path]:
         return []
     refuse_non_finite_weights(run, done)
     precision = run.config.saving.save_precision
+    dtype = _DTYPES[precision] if precision else None
     with averaged_weights(run):
-        return list(run.job.save(run, stem, done, _DTYPES[precision] if precision else None))
+        facts = {"ss_ema_updates": str(run.average.updates)} if run.average is not None else {}
+        written = list(run.job.save(run, stem, done, dtype, facts))
+    if run.config.ema.ema_save_raw:
+        written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
+    return written
 
 
 def refuse_non_finite_weights(run: Run, done: int) -> None:
@@ -61,10 +71,15 @@ def refuse_non_finite_weights(run: Run, done: int) -> None:
 
 @contextlib.contextmanager
 def averaged_weights(run: Run) -> Iterator[None]:
-    """Inside, schedule-free optimizers show the weights that are meant to be used; afterwards training goes on exactly.
+    """Inside, the weights are those that are meant to be used: their average. Afterwards training goes on exactly.
 
-    Their own way back is a rounding away from where they were, so the training weights are kept and put back.
+    Schedule-free optimizers have an average of their own. Their way back is a rounding away from where they were, so
+    the training weights are kept and put back.
     """
+    if run.average is not None:
+        with run.average.shown():
+            yield
+        return
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     if not hasattr(inner, "eval"):
         yield
@@ -92,6 +107,10 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
     save_tensors(tensors, partial / TRAINABLE, {})
     torch.save(_optimizer_state(run), partial / OPTIMIZER)
+    files = [TRAINABLE, OPTIMIZER]
+    if run.average is not None:
+        save_tensors(run.average.tensors(), partial / AVERAGE, {"updates": str(run.average.updates)})
+        files.append(AVERAGE)
     progress = {
         "format": STATE_FORMAT,
         "step": done,
@@ -100,7 +119,7 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
         "steps_per_epoch": run.plan.steps_per_epoch,
         "history": run.history.state(),
         "settings": run.config.as_dict(),
-        "checksums": {name: _checksum(partial / name) for name in (TRAINABLE, OPTIMIZER)},
+        "checksums": {name: _checksum(partial / name) for name in files},
     }
     (partial / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
     for name in (OPTIMIZER, PROGRESS):
@@ -148,6 +167,24 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def resumed_progress(config: RunConfig) -> dict[str, Any] | None:
+    """The light part of the state that ``--resume`` names; None without it.
+
+    Raises:
+        ConfigError: It is no run state, a file of it is damaged, or it lacks something that the run needs.
+    """
+    folder = config.training.resume
+    if not folder:
+        return None
+    progress = read_progress(folder)
+    if config.ema.use_ema and AVERAGE not in progress["checksums"]:
+        raise ConfigError(
+            f"--resume {folder}: --use_ema, but the state was saved without a moving average; leave it out, or start a "
+            "new run"
+        )
+    return progress
+
+
 def read_progress(folder: str) -> dict[str, Any]:
     """The light part of a run state, after checking that every file of it is whole.
 
@@ -183,10 +220,17 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"
         ) from error
+    if run.average is not None:
+        _restore_average(run.average, Path(folder) / AVERAGE)
     run.schedule.load_state_dict({**run.schedule.state_dict(), **state["schedule"]})
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.restore(progress["history"])
+
+
+def _restore_average(average: WeightAverage, path: Path) -> None:
+    header = read_header(path)
+    average.load(dict(load_tensors(header)), int(header.metadata["updates"]))
 
 
 def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
@@ -212,7 +256,7 @@ def remove_old(run: Run, done: int) -> None:
     saving = run.config.saving
     stem = re.escape(saving.output_name)
     epoch = run.plan.epoch_of(done)  # counted from 0: so many are complete
-    written = r"(_diffusers)?(\.safetensors|\.pth|)"  # without an ending: a folder
+    written = rf"({RAW})?(_diffusers)?(\.safetensors|\.pth|)"  # without an ending: a folder
     limits = (
         (rf"{stem}-step(\d{{8}}){written}", saving.save_last_n_steps, done),
         (rf"{stem}-(\d{{6}}){written}", saving.save_last_n_epochs, epoch),

@@ -44,12 +44,12 @@ class FullJob:
         """See ``Job``."""
         return self._model(config, family, roots)
 
-    def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None) -> list[Path]:
+    def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None, facts: Mapping[str, str]) -> list[Path]:
         """See ``Job``: one file, or a folder."""
         saving, full = run.config.saving, run.config.full
         assert full is not None
         layout, folder = saving.save_model_as, Path(saving.output_dir)
-        metadata = checkpoint_metadata(run, done, {}, kind="")
+        metadata = checkpoint_metadata(run, done, facts, kind="")
 
         def write(path: Path) -> None:
             weights = run.trainable.component_weights()

@@ -51,8 +51,21 @@ class Job(Protocol):
         """
         ...
 
-    def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None) -> Sequence[Path]:
-        """This writes what is trained, as it is now; returns the files or folders."""
+    def save(
+        self, run: Run, stem: str, done: int, dtype: torch.dtype | None, facts: Mapping[str, str]
+    ) -> Sequence[Path]:
+        """This writes what is trained, as it is now.
+
+        Args:
+            run: The run.
+            stem: Of the names.
+            done: Optimizer steps.
+            dtype: Type to convert to; None: each tensor keeps its own.
+            facts: More entries for the metadata.
+
+        Returns:
+            The files or folders.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.records import Batch
+from library.training.ema import WeightAverage
 from library.training.losses import LossHistory
 from library.training.trackers import Trackers
 
@@ -44,6 +45,7 @@ class Run:
         hooks: Called in order after each optimizer step.
         trackers: Where numbers are logged.
         history: Losses of the steps so far.
+        average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
     """
 
@@ -67,6 +69,7 @@ class Run:
     trackers: Trackers
     history: LossHistory
     metadata: dict[str, str]
+    average: WeightAverage | None = None
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 
@@ -94,6 +97,8 @@ class Run:
         try:
             self.batches.close()
         finally:
+            if self.average is not None:
+                self.average.close()
             self.trackers.close()
 
     def epoch_ended(self, done: int) -> bool:

@@ -26,8 +26,9 @@ from library.memory.checkpointing import enable_checkpointing
 from library.sampling.prompts import PromptRequest, read_prompts
 from library.training import data as training_data
 from library.training import hooks
-from library.training.checkpoints import read_progress, restore_state
+from library.training.checkpoints import restore_state, resumed_progress
 from library.training.checks import check_run
+from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
 from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
 from library.training.full_model import DENOISER
@@ -66,8 +67,7 @@ def trained_components(config: RunConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: All that is wrong, one line each.
     """
-    if config.training.resume:
-        read_progress(config.training.resume)
+    resumed_progress(config)
     family = create_family(config.family_name, config)
     return check_run(config, family, accelerator_available=has_accelerator())
 
@@ -76,7 +76,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     """Everything that a run needs, made in the order that keeps the least in memory."""
     assert config.optimizer.learning_rate is not None
     job = job_of(config)
-    progress = read_progress(config.training.resume) if config.training.resume else None
+    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     check_run(config, family, accelerator_available=has_accelerator())
     log_in(config.logging)
@@ -167,6 +167,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             },
         ),
     )
+    if config.ema.use_ema:
+        device = run.device if config.ema.ema_device == "accelerator" else torch.device("cpu")
+        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, device)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if config.training.resume and progress:
@@ -260,6 +263,12 @@ def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> 
         enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
 
 
+def trained_parameters(run: Run) -> dict[str, nn.Parameter]:
+    """What the optimizer changes, by the names of the state for resuming."""
+    changed = {id(parameter) for parameter in run.parameters}
+    return {name: value for name, value in run.trainable.named_parameters() if id(value) in changed}
+
+
 def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side: TextSide) -> hooks.SampleTaker | None:
     """What draws the samples; None when there are no prompts."""
     if not requests:
@@ -275,6 +284,8 @@ def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation
     made: list[StepHook] = []
     if config.network is not None and config.network.scale_weight_norms:
         made.append(hooks.scale_weight_norms(config.network.scale_weight_norms))
+    if run.average is not None:
+        made.append(hooks.average(run.average, config.ema.ema_update_interval))
     made.append(hooks.log_numbers())
     if validation is not None:
         steps, epochs = config.validation.validate_every_n_steps, config.validation.validate_every_n_epochs

@@ -13,7 +13,7 @@ from library.config.run import RunConfig
 from library.data.cache_keys import text_key
 from library.families import create_family
 from library.families.protocols import ModelFamily
-from library.training.checkpoints import read_progress
+from library.training.checkpoints import resumed_progress
 from library.training.data import TrainingData, captions_of, find_data, latent_items, latent_signature, text_signature
 from library.training.encoders import LatentPreparation, base_weights_signature, prepare_text
 from library.training.precision import resolve_precision
@@ -52,7 +52,7 @@ def fill_cache(config: RunConfig) -> Filling:
         raise ConfigError(
             "nothing would be kept: add --cache_latents_to_disk, --cache_text_encoder_outputs_to_disk, or both"
         )
-    progress = read_progress(config.training.resume) if config.training.resume else None
+    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = start_accelerator(config, precision)
