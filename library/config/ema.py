@@ -17,7 +17,6 @@ class EmaConfig:
         False,
         "Keep a moving average of the trained weights in fp32. It is what is saved and, by default, what samples and "
         "validation use; training goes on with the weights themselves.",
-        metadata_key="ss_use_ema",
     )
     ema_decay: float = option(
         0.995,
@@ -25,11 +24,8 @@ class EmaConfig:
         "(1 + n) / (10 + n) after n of them.",
         minimum=0.0,
         maximum=1.0,
-        metadata_key="ss_ema_decay",
     )
-    ema_update_interval: int = option(
-        1, "Update the average every n optimizer steps.", minimum=1, metadata_key="ss_ema_update_interval"
-    )
+    ema_update_interval: int = option(1, "Update the average every n optimizer steps.", minimum=1)
     ema_device: str = option(
         "cpu",
         "Where the average is kept: in host memory (cpu), updated while the device computes, or on the device "
@@ -46,10 +42,17 @@ class EmaConfig:
         False, "Save the weights as they are trained too, as <name>_raw. The state for --resume always has both."
     )
 
-    @property
-    def idle_options(self) -> tuple[str, ...]:
-        """What saved files don't mention without an average."""
-        return () if self.use_ema else ("use_ema", *_SETTINGS)
+    def metadata(self, updates: int) -> dict[str, str]:
+        """What a file that holds the average after so many updates says of it; other files say nothing.
+
+        It isn't written by way of the options, for a run may save both kinds.
+        """
+        return {
+            "ss_use_ema": str(self.use_ema),
+            "ss_ema_decay": str(self.ema_decay),
+            "ss_ema_update_interval": str(self.ema_update_interval),
+            "ss_ema_updates": str(updates),
+        }
 
     def __post_init__(self) -> None:
         fields = type(self).__dataclass_fields__

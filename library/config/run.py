@@ -249,11 +249,25 @@ class RunConfig:
                 f"--use_ema does nothing with --optimizer_type {self.optimizer.name}, which averages the weights by "
                 "itself; remove it"
             )
+        if self.ema.ema_validation != "ema_only" and self.datasets and not (self._validates or self._draws_samples):
+            yield (
+                f"--ema_validation {self.ema.ema_validation} does nothing without samples or held-out pictures; add "
+                "--sample_prompts or --validation_split, or remove it"
+            )
+
+    @property
+    def _draws_samples(self) -> bool:
+        return self.sampling.sample_prompts is not None
+
+    @property
+    def _validates(self) -> bool:
+        subsets = (subset for _, subset in self._subsets())
+        held_out = any(dataset.role == "validation" for dataset in self.datasets)
+        return held_out or any(subset.validation_split for subset in subsets)
 
     def _data_problems(self) -> Iterator[str]:
         subsets = [subset for _, subset in self._subsets()]
-        validates = any(dataset.role == "validation" for dataset in self.datasets)
-        if not validates and not any(subset.validation_split for subset in subsets):
+        if not self._validates:
             for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
                 if getattr(self.validation, name) is not None:
                     yield f"--{name} needs held-out pictures; add --validation_split 0.1"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -49,7 +50,7 @@ def save_weights(run: Run, stem: str, done: int) -> list[Path]:
     precision = run.config.saving.save_precision
     dtype = _DTYPES[precision] if precision else None
     with averaged_weights(run):
-        facts = {"ss_ema_updates": str(run.average.updates)} if run.average is not None else {}
+        facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
         written = list(run.job.save(run, stem, done, dtype, facts))
     if run.config.ema.ema_save_raw:
         written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
@@ -57,12 +58,14 @@ def save_weights(run: Run, stem: str, done: int) -> list[Path]:
 
 
 def refuse_non_finite_weights(run: Run, done: int) -> None:
-    """Stop before anything is written when a trained weight is no number.
+    """Stop before anything is written when a trained weight, or the average of one, is no number.
 
     Raises:
         ConfigError: One is, naming it.
     """
-    for name, tensor in run.trainable.state_dict().items():
+    average = run.average.tensors() if run.average is not None else {}
+    averaged = ((f"the average of {name}", tensor) for name, tensor in average.items())
+    for name, tensor in itertools.chain(run.trainable.state_dict().items(), averaged):
         if not torch.isfinite(tensor).all():
             raise ConfigError(
                 f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"

@@ -11,24 +11,23 @@ from torch import Tensor, nn
 class WeightAverage:
     """The average of named parameters over the optimizer's updates, in fp32.
 
-    On the host it is updated by a thread, while the device computes the next step.
-
     Args:
         parameters: What is averaged, by name. The average begins with their values.
         decay: How much of the average stays at an update, once it has settled.
-        device: Where the average is kept.
+        on_host: Keep it in host memory, where a thread updates it from a copy of the parameters while the device
+            computes the next step; otherwise beside the parameters, which takes no copy.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, device: torch.device):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, on_host: bool):
         self._parameters = dict(parameters)
         self._decay = decay
         self.updates = 0
         self._averages = {
-            name: parameter.detach().to(device, torch.float32, copy=True) for name, parameter in parameters.items()
+            name: parameter.detach().to("cpu" if on_host else parameter.device, torch.float32, copy=True)
+            for name, parameter in parameters.items()
         }
-        self._elsewhere = any(parameter.device != device for parameter in parameters.values())
-        self._staged = {name: self._stage(name) for name in parameters} if self._elsewhere else {}
-        self._thread = ThreadPoolExecutor(1, "average") if self._elsewhere else None
+        self._staged = {name: self._stage(name) for name in parameters} if on_host else {}
+        self._thread = ThreadPoolExecutor(1, "average") if on_host else None
         self._pending: Future[None] | None = None
 
     @property
@@ -45,9 +44,7 @@ class WeightAverage:
         if self._thread is None:
             _blend(self._averages, self._parameters, share)
             return
-        for name, parameter in self._parameters.items():
-            self._staged[name].copy_(parameter.detach(), non_blocking=True)
-        arrived = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        arrived = self._copy_out()
         self._pending = self._thread.submit(self._take_in, share, arrived)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -65,25 +62,57 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Inside, the parameters have the average's values; afterwards their own again, bit for bit."""
+        """Inside, the parameters have the average's values; afterwards their own again, bit for bit.
+
+        With the average on the host the parameters' own values wait there too, so that the device holds one set.
+        """
         self._settle()
-        kept = {name: parameter.data for name, parameter in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            parameter.data = self._averages[name].to(parameter.device, parameter.dtype)
+        if self._thread is None:
+            with self._shown_beside():
+                yield
+            return
+        arrived = self._copy_out()
+        if arrived is not None:
+            arrived.synchronize()
+        self._put_in(self._averages)
         try:
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = kept[name]
+            self._put_in(self._staged)
 
     def close(self) -> None:
         """This ends the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
+    @contextlib.contextmanager
+    def _shown_beside(self) -> Iterator[None]:
+        kept = {name: parameter.data for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            parameter.data = self._averages[name].to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = kept[name]
+
     def _stage(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+
+    def _copy_out(self) -> torch.cuda.Event | None:
+        """Starts the copy of the parameters to the host; returns what tells that it is there, None if it is."""
+        on_gpu = False
+        for name, parameter in self._parameters.items():
+            # only a copy to pinned memory can be waited for; others must be there when copy_ returns
+            self._staged[name].copy_(parameter.detach(), non_blocking=parameter.is_cuda)
+            on_gpu = on_gpu or parameter.is_cuda
+        return torch.cuda.current_stream().record_event() if on_gpu else None
+
+    @torch.no_grad()
+    def _put_in(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
 
     def _take_in(self, share: float, arrived: torch.cuda.Event | None) -> None:
         if arrived is not None:

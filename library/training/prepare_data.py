@@ -78,6 +78,7 @@ def prepare_data(
     while True:
         plan = plan_batches(config, data, seed, accelerator.num_processes)
         max_steps = resolve_steps(config, plan)
+        check_update_interval(config, max_steps)
         first_step, changes = resume(config, plan, max_steps, progress)
         report = None
         if accelerator.is_main_process:
@@ -96,6 +97,20 @@ def prepare_data(
     for line in changes:
         log.warning(line)
     return PreparedData(data, plan, max_steps, first_step, report)
+
+
+def check_update_interval(config: RunConfig, max_steps: int) -> None:
+    """Refuse an average that would never be updated, and so be saved as the weights before training.
+
+    Raises:
+        ConfigError: The run is shorter than the interval.
+    """
+    interval = config.ema.ema_update_interval
+    if config.ema.use_ema and interval > max_steps:
+        raise ConfigError(
+            f"--ema_update_interval {interval}: the run has {max_steps} optimizer steps, so the average would never be "
+            "updated; lower it"
+        )
 
 
 def plan_batches(config: RunConfig, data: TrainingData, seed: int, processes: int) -> BatchPlan:

@@ -28,6 +28,9 @@ _UNIMPORTANT_OPTIONS = {
     "report_near_duplicates",
     "masked_loss",
     "dataset_config",
+    "ema_device",
+    "ema_validation",
+    "ema_save_raw",
 }
 
 

@@ -168,8 +168,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         ),
     )
     if config.ema.use_ema:
-        device = run.device if config.ema.ema_device == "accelerator" else torch.device("cpu")
-        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, device)
+        on_host = config.ema.ema_device == "cpu"
+        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if config.training.resume and progress:
@@ -266,7 +266,9 @@ def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> 
 def trained_parameters(run: Run) -> dict[str, nn.Parameter]:
     """What the optimizer changes, by the names of the state for resuming."""
     changed = {id(parameter) for parameter in run.parameters}
-    return {name: value for name, value in run.trainable.named_parameters() if id(value) in changed}
+    named = {name: value for name, value in run.trainable.named_parameters() if id(value) in changed}
+    assert len(named) == len(changed), "the optimizer changes what has no name in the state"
+    return named
 
 
 def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side: TextSide) -> hooks.SampleTaker | None:

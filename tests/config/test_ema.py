@@ -2,7 +2,7 @@ import pytest
 
 from library.config.ema import EmaConfig
 from library.config.errors import ConfigError
-from tests.config.test_run import run_config
+from tests.config.test_run import dataset, run_config
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,13 @@ def test_a_decay_of_one_averages_nothing():
 def test_schedule_free_optimizers_average_by_themselves():
     (problem,) = run_config("--use_ema", "--optimizer_type", "AdamWScheduleFree").problems()
     assert "which averages the weights by itself" in problem
+
+
+def test_a_comparison_needs_something_to_compare_by(tmp_path):
+    comparison = ("--use_ema", "--ema_validation", "comparison")
+    (problem,) = run_config(*comparison).problems()
+    assert problem.startswith("--ema_validation comparison does nothing without samples or held-out pictures")
+    assert run_config(*comparison, datasets=(dataset(validation_split=0.5),)).problems() == []
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    draws = ("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "5")
+    assert run_config(*comparison, *draws).problems() == []

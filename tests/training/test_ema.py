@@ -9,19 +9,26 @@ from library.training.ema import WeightAverage
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 EMA = {**CACHED, "use_ema": True, "ema_decay": 0.5}
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["trainer", "sana_trainer"])
 def job(request):
     trainer = request.getfixturevalue(request.param)
 
+    only = {"network_train_unet_only": True} if trainer.network else {}
+
     def run(output, **options):
-        only = {"network_train_unet_only": True} if trainer.network else {}
         return trainer(output, **{**only, **options})
 
-    run.trainer = trainer
+    run.trainer, run.only = trainer, only
     return run
+
+
+def move(*parameters):
+    """A step."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += torch.randn(parameter.shape)
 
 
 def equal(one, other):
@@ -33,26 +40,49 @@ def learned(tensors):
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("alpha")}
 
 
-def test_it_is_what_diffusers_computes():
+@pytest.mark.parametrize("on_host", [False, True])
+def test_it_is_what_diffusers_computes(on_host):
     from diffusers.training_utils import EMAModel
 
-    parameters = {"a": nn.Parameter(torch.randn(3, 4)), "b": nn.Parameter(torch.randn(5))}
-    ours, theirs = WeightAverage(parameters, 0.5, CPU), EMAModel(parameters.values(), decay=0.5)
-    theirs.step(parameters.values())  # theirs forgets the first values wholly at the first update, ours by nine tenths
-    ours.load(parameters, updates=1)
-    for _ in range(12):
-        with torch.no_grad():
-            for parameter in parameters.values():
-                parameter += torch.randn(parameter.shape)
+    parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
+    ours = WeightAverage({"a": parameters[0], "b": parameters[1]}, 0.3, on_host=on_host)
+    theirs = EMAModel(parameters, decay=0.3)
+    # theirs keeps nothing at its first update, ours a tenth: the same while the parameters haven't moved
+    ours.update()
+    theirs.step(parameters)
+    for _ in range(8):
+        move(*parameters)
+        assert ours.next_decay == pytest.approx(theirs.get_decay(theirs.optimization_step + 1))
         ours.update()
-        theirs.step(parameters.values())
-        for average, expected in zip(ours.tensors().values(), theirs.shadow_params):
-            torch.testing.assert_close(average, expected)
+        theirs.step(parameters)
+    assert ours.next_decay == 0.3  # the warm-up is over
+    expected = dict(zip("ab", theirs.shadow_params))
+    for name, average in ours.tensors().items():
+        torch.testing.assert_close(average, expected[name], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(average, dict(zip("ab", parameters))[name])
+    ours.close()
+
+
+def test_once_settled_it_is_torchs_exponential_average():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = nn.Linear(3, 2)
+    ours = WeightAverage(dict(model.named_parameters()), 0.7, on_host=True)
+    ours.load(dict(model.named_parameters()), updates=100)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    theirs.update_parameters(model)  # the first one copies
+    for _ in range(5):
+        move(*model.parameters())
+        ours.update()
+        theirs.update_parameters(model)
+    for name, average in ours.tensors().items():
+        torch.testing.assert_close(average, theirs.module.get_parameter(name).detach())
+    ours.close()
 
 
 def test_it_is_the_recursion():
     parameter = nn.Parameter(torch.zeros(2))
-    average = WeightAverage({"w": parameter}, 0.9, CPU)
+    average = WeightAverage({"w": parameter}, 0.9, on_host=False)
     expected, values = torch.zeros(2), torch.arange(1.0, 21.0)
     for update, value in enumerate(values):
         with torch.no_grad():
@@ -65,9 +95,10 @@ def test_it_is_the_recursion():
     assert average.updates == 20 and math.isclose(average.next_decay, 21 / 30)
 
 
-def test_it_is_kept_in_fp32_and_shown_in_the_parameters_type():
+@pytest.mark.parametrize("on_host", [False, True])
+def test_it_is_kept_in_fp32_and_shown_in_the_parameters_type(on_host):
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    average = WeightAverage({"w": parameter}, 0.999, CPU)
+    average = WeightAverage({"w": parameter}, 0.999, on_host=on_host)
     for _ in range(3):
         with torch.no_grad():
             parameter.mul_(1.01)
@@ -78,6 +109,30 @@ def test_it_is_kept_in_fp32_and_shown_in_the_parameters_type():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, average.tensors()["w"].bfloat16())
     assert torch.equal(parameter, own)
+
+
+def test_what_is_shown_is_forgotten_whatever_happens_inside():
+    """The average, too, is as it was: nothing that is done to the parameters inside reaches it."""
+    parameter = nn.Parameter(torch.ones(3))
+    average = WeightAverage({"w": parameter}, 0.5, on_host=True)
+    move(parameter)
+    average.update()
+    own, kept = parameter.detach().clone(), average.tensors()["w"].clone()
+    with pytest.raises(KeyError), average.shown():
+        move(parameter)
+        raise KeyError
+    assert torch.equal(parameter, own) and torch.equal(average.tensors()["w"], kept)
+    average.close()
+
+
+def test_what_goes_wrong_in_the_thread_is_told():
+    parameter = nn.Parameter(torch.ones(3))
+    average = WeightAverage({"w": parameter}, 0.5, on_host=True)
+    average._averages["w"] = torch.ones(4)
+    average.update()
+    with pytest.raises(RuntimeError, match="size"):
+        average.tensors()
+    average.close()
 
 
 def test_training_is_the_same_with_it_and_the_file_holds_it(job):
@@ -93,7 +148,8 @@ def test_training_is_the_same_with_it_and_the_file_holds_it(job):
         with safe_open(job.trainer.folder / "averaged" / f"{name}.safetensors", "pt") as file:
             facts.append(file.metadata())
     assert facts[0]["ss_ema_updates"] == "4" and "ss_ema_updates" not in facts[1]
-    assert facts[0]["ss_ema_decay"] == "0.5"
+    assert (facts[0]["ss_use_ema"], facts[0]["ss_ema_decay"]) == ("True", "0.5")
+    assert not [name for name in facts[1] if "ema" in name.split("_")]  # what acted on another file
 
 
 @pytest.mark.parametrize("device", ["cpu", "accelerator"])
@@ -156,3 +212,39 @@ def test_old_raw_files_go(job):
     assert job("out", **EMA, ema_save_raw=True, save_every_n_steps=1, save_last_n_steps=2) == 0
     names = {path.name for path in (job.trainer.folder / "out").glob("*.safetensors")}
     assert names == {f"run{step}{raw}.safetensors" for step in ("", "-step00000003") for raw in ("", "_raw")}
+
+
+def test_an_average_that_is_no_number_is_not_saved(job):
+    from library.config.errors import ConfigError
+    from library.training.checkpoints import save_state, save_weights
+
+    def spoil(run):
+        name, average = next(iter(run.average.tensors().items()))
+        average.view(-1)[0] = float("nan")
+        for save in (save_weights, save_state):
+            with pytest.raises(ConfigError, match=f"the average of {name} has numbers that are not finite"):
+                save(run, "run", 1)
+        return True
+
+    assert job.trainer.with_run("out", spoil, **{**job.only, **EMA})
+    assert not list((job.trainer.folder / "out").glob("run.safetensors"))
+
+
+def test_an_interval_beyond_the_run_is_refused(job, capsys):
+    assert job("out", **EMA, ema_update_interval=5, max_train_steps=4) == 2
+    assert "--ema_update_interval 5: the run has 4 optimizer steps" in capsys.readouterr().err
+    assert job("out", **EMA, ema_update_interval=5, max_train_steps=None, max_train_epochs=2) == 2
+    assert "--ema_update_interval 5: the run has 4 optimizer steps" in capsys.readouterr().err
+
+
+def test_what_looks_at_it_may_change_and_what_makes_it_is_told(job, capsys):
+    assert job("out", **EMA, max_train_steps=1, save_state_on_train_end=True) == 0
+    state = job.trainer.folder / "out" / "run-state"
+    capsys.readouterr()
+    assert job("free", **EMA, ema_device="accelerator", ema_save_raw=True, max_train_steps=2, resume=state) == 0
+    assert "changed since the state was saved" not in capsys.readouterr().err
+    assert job("told", **{**EMA, "ema_decay": 0.9}, max_train_steps=2, resume=state) == 0
+    assert "changed since the state was saved: --ema_decay 0.9 (the state: 0.5)" in capsys.readouterr().err
+    assert job("ends", **CACHED, max_train_steps=2, resume=state) == 0
+    told = capsys.readouterr().err
+    assert "changed since the state was saved: --use_ema False (the state: True)" in told

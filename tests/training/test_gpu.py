@@ -42,6 +42,40 @@ def test_a_resumed_run_ends_with_the_same_bytes(trainer, precision):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+def test_a_moving_average_goes_on_with_the_same_bytes_and_leaves_training_alone(trainer, device):
+    options = {**CACHED, "max_train_steps": 4, "validation_split": 0.5, "validate_every_n_steps": 1}
+    average = {"use_ema": True, "ema_decay": 0.5, "ema_device": device, "ema_save_raw": True}
+    assert trainer("plain", **options) == 0
+    assert trainer("whole", **options, **average, save_every_n_steps=2, save_state=True) == 0
+    state = trainer.folder / "whole" / "run-step00000002-state"
+    assert trainer("resumed", **options, **average, resume=state) == 0
+    plain, raw = trainer.weights("plain"), trainer.weights("whole", "run_raw")
+    assert all(torch.equal(plain[name], raw[name]) for name in plain)
+    whole, resumed = trainer.weights("whole"), trainer.weights("resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not all(torch.equal(whole[name], raw[name]) for name in whole)
+
+
+def test_an_average_on_the_host_takes_no_memory_of_the_device():
+    from library.training.ema import WeightAverage
+
+    parameter = torch.nn.Parameter(torch.randn(1 << 24, device="cuda"))
+    own = parameter.detach().clone()
+    before = torch.cuda.memory_allocated()
+    average = WeightAverage({"w": parameter}, 0.5, on_host=True)
+    average.update()
+    with torch.no_grad():
+        parameter.zero_()  # the copy of before is what the thread takes in
+    average.update()
+    assert torch.allclose(average.tensors()["w"], own.cpu() * 2 / 11, atol=1e-6)
+    with average.shown():
+        assert torch.equal(parameter.cpu(), average.tensors()["w"])
+        assert torch.cuda.memory_allocated() == before
+    assert not parameter.any()
+    average.close()
+
+
 def test_samples_on_a_gpu_are_the_hosts_up_to_rounding(trainer, monkeypatch):
     from PIL import Image, ImageChops, ImageStat
 
