@@ -15,6 +15,7 @@ from library.diffusion.samplers import dpmpp_2m, euler
 from library.families import create_family, family_options
 from library.families.sana.tokenizers import INSTRUCTION
 from library.records import Resolution
+from library.sampling import previews
 from library.sampling.generate_command import main
 from library.sampling.pictures import encode_prompts, generate
 from library.sampling.prompts import PromptRequest
@@ -174,7 +175,14 @@ def settings_of(image: Image.Image) -> dict:
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["encoders", "cached"])
-def test_a_sample_in_training_is_the_picture_that_generate_makes(train, trainer, folder, tmp_path, cached):
+def test_a_sample_in_training_is_the_picture_that_generate_makes(train, folder, tmp_path, monkeypatch, cached):
+    shown, save = [], previews.save_picture
+
+    def watched(image, path, settings):
+        save(image, path, settings)
+        shown.append((path.name, image.size, settings["steps_done"]))
+
+    monkeypatch.setattr(previews, "save_picture", watched)
     library = tmp_path / "library.json"
     library.write_text(json.dumps({"cat": "a cat --d 5 --n a dog", "dog": "a dog --d 6 --w 100 --h 60 --l 1"}))
     sampling = {
@@ -187,6 +195,11 @@ def test_a_sample_in_training_is_the_picture_that_generate_makes(train, trainer,
     }
     caches = {"cache_latents": True, "cache_text_encoder_outputs": True} if cached else {}
     assert train("out", **sampling, **caches, network_train_unet_only=True) == 0
+    assert shown == [
+        ("run_000002_00_cat_5_preview.png", (160, 96), 3),
+        ("run_000002_01_cat_5_preview.png", (96, 96), 3),
+        ("run_000002_02_dog_6_preview.png", (100, 60), 3),
+    ]
     samples = pictures(tmp_path / "out" / "sample")
     assert list(samples) == ["run_000002_00_cat_5.png", "run_000002_01_cat_5.png", "run_000002_02_dog_6.png"]
     assert [image.size for image in samples.values()] == [(160, 96), (96, 96), (100, 60)]
