@@ -56,6 +56,9 @@ def fit_latent_colours(latents: LatentCachingStrategy, vae: nn.Module) -> Latent
     Args:
         latents: How pictures become latents.
         vae: It encodes where it is and in its own type.
+
+    Raises:
+        ValueError: Its latents are not finite.
     """
     stride, weight = latents.format.stride, next(vae.parameters())
     points, colours = [], []
@@ -66,6 +69,8 @@ def fit_latent_colours(latents: LatentCachingStrategy, vae: nn.Module) -> Latent
             points.append(latents.format.normalise(raw).double().cpu()[0].flatten(1).T)  # (h w, C)
             colours.append(functional.avg_pool2d(pixels, stride).double()[0].flatten(1).T)  # (h w, 3)
     known = torch.cat(points)
+    if not known.isfinite().all():
+        raise ValueError(f"the VAE's latents of plain pictures are not finite in {weight.dtype}; use --no_half_vae")
     known = torch.cat([known, torch.ones(len(known), 1, dtype=known.dtype)], dim=1)  # (N, C + 1)
     solution = torch.linalg.lstsq(known, torch.cat(colours), driver="gelsd").solution.float()  # (C + 1, 3)
     return LatentColours(solution[:-1], solution[-1])

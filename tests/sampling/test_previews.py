@@ -91,6 +91,13 @@ def test_it_is_fitted_in_the_type_of_the_vae():
     assert unexplained(MixingLatents(), MixingVae(0.0), fit_latent_colours(MixingLatents(), vae)) < 0.01
 
 
+def test_a_vae_that_overflows_is_refused():
+    vae = MixingVae(0.0)
+    vae.mix.data *= torch.inf
+    with pytest.raises(ValueError, match=r"not finite in torch.float32; use --no_half_vae"):
+        fit_latent_colours(MixingLatents(), vae)
+
+
 def test_fitting_leaves_no_gradient_and_no_random_state_behind():
     torch.manual_seed(0)
     before, vae = torch.get_rng_state(), MixingVae(0.0)
