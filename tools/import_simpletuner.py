@@ -50,6 +50,8 @@ _PROMPT_KEYS = (
     "validation_negative_prompt",
     "validation_seed",
     "num_validation_images",
+    "validation_preview",
+    "validation_preview_steps",
 )
 _ANSWERED = ("model_type", "model_family", "data_backend_config", "instance_prompt", *_PROMPT_KEYS)
 _VALIDATION_STEPS = 100
@@ -119,6 +121,8 @@ def import_configuration(config_path: Path, data_path: str | None, output_dir: P
             if not {"sample_every_n_steps", "sample_every_n_epochs"} & set(translation.values):
                 translation.values["sample_every_n_steps"] = _VALIDATION_STEPS
                 translation.notes.append(f"sample_every_n_steps = {_VALIDATION_STEPS}: {_BY_DEFAULT}")
+            if str(config.get("validation_preview", "")).lower() == "true":
+                translation.values["preview_every"] = config.get("validation_preview_steps", 1)
             yield f"wrote {output_dir / 'prompts.txt'}: {len(prompts)} prompts"
         write_text(dataset_file, dataset_toml(datasets))
         write_text(run_file, run_toml(translation))

@@ -114,6 +114,22 @@ def test_every_key_is_written_or_named(configuration, capsys):
         assert key in answered | prompts or renamed.get(key, key) in run or f"  {key} " in said, key
 
 
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ({"validation_preview": "true", "validation_preview_steps": 4}, 4),
+        ({"validation_preview": True}, 1),
+        ({"validation_preview": False, "validation_preview_steps": 4}, None),
+        ({"validation_preview_steps": 4}, None),
+    ],
+)
+def test_previews_come_through_where_they_are_on(configuration, options, every):
+    assert configuration({**LORA, **options}, [PICTURES, TEXTS]) == 0
+    config, problems = imported()
+    assert problems == []
+    assert config.sampling.preview_every == every
+
+
 def read_toml_text(path):
     with open(path, encoding="utf-8") as file:
         return file.read()
