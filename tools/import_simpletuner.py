@@ -173,6 +173,7 @@ def translate_config(config: Mapping[str, Any]) -> Translation:
             result.left_out.append(f"{key} {json.dumps(value)}" + (f": {reason}" if reason else ""))
         else:
             _add(options[name], name, key, value, result)
+    _average(config, result)
     _settle(config, family, adapters, options, result)
     return result
 
@@ -215,6 +216,22 @@ def _lora_type(value: str, result: Translation) -> None:
         result.notes.append("lora_type lycoris: give its settings by --network_args algo=lokr factor=16 ...")
     elif value != "standard":
         result.left_out.append(f"lora_type {value}: an ordinary LoRA is trained")
+
+
+def _average(config: Mapping[str, Any], result: Translation) -> None:
+    """Leaves out the moving average's settings where there is none, and says what samples use where there is one."""
+    values = result.values
+    if values.get("use_ema") and "schedulefree" in values.get("optimizer_type", "").lower():
+        del values["use_ema"]
+        result.left_out.append(f"use_ema: {values['optimizer_type']} averages the weights by itself")
+    if values.get("use_ema"):
+        draws = config.get("validation_prompt") or config.get("user_prompt_library")
+        if draws and "ema_validation" not in values:
+            values["ema_validation"] = "comparison"
+            result.notes.append(f'ema_validation = "comparison": {_BY_DEFAULT}')
+        return
+    for name in [name for name in values if name.startswith("ema_")]:
+        result.left_out.append(f"{name} {json.dumps(values.pop(name))}: nothing is averaged without use_ema")
 
 
 def _settle(

@@ -61,22 +61,9 @@ REASONS: dict[str, str] = {
     "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "quantize_via": _QUANTISED,
-<<<<<<< HEAD
     "ema_cpu_only": "use --ema_device cpu, which is the default",
     "ema_foreach_disable": "the average is the same either way. Remove it",
-    "validation_preview": "samples are shown when they are finished. Remove it",
-    "validation_preview_steps": "samples are shown when they are finished. Remove it",
-    "validation_prompt": "prompts stand in a file. Write it there and name the file by --sample_prompts",
-    "user_prompt_library": "prompts stand in a file, one per line. Name it by --sample_prompts",
-    "validation_resolution": f"{_IN_PROMPTS}: --w 1024 --h 768",
-    "validation_guidance": f"{_IN_PROMPTS}: --l 4.5",
-    "validation_num_inference_steps": f"{_IN_PROMPTS}: --s 30",
-    "validation_negative_prompt": f"{_IN_PROMPTS}: --n blurry",
-=======
-    "use_ema": _EMA,
-    "ema_decay": _EMA,
     "validation_preview": "unfinished samples are written where --preview_every says how often. Remove it",
->>>>>>> wt-sampling
     "num_validation_images": f"{_IN_PROMPTS}: repeat the line with another seed (--d)",
     "instance_prompt": f"{_IN_DATASET} (class_tokens)",
     "vae_dtype": "the VAE runs in --mixed_precision, or in fp32 with --no_half_vae",
