@@ -257,8 +257,12 @@ class LokrLayer(nn.Module):
 
 
 def _through_linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    hidden = F.linear(x.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)  # (..., c, b)
-    return F.linear(hidden.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
+    (a, c), (b, d) = w1.shape, w2.shape
+    # Plain matrices throughout: for others torch chooses the kernel by whether the weight is trained, and rounds apart.
+    hidden = F.linear(x.reshape(-1, d), w2)  # (rows * c, b)
+    hidden = hidden.unflatten(0, (-1, c)).transpose(1, 2).reshape(-1, c)  # (rows * b, c)
+    update = F.linear(hidden, w1).unflatten(0, (-1, b)).transpose(1, 2)  # (rows, a, b)
+    return update.reshape(*x.shape[:-1], a * b)
 
 
 def _product(factor: Factor) -> Tensor:

@@ -216,6 +216,9 @@ class LoraNetwork(nn.Module):
         layers = self.modules_by_name
         own = {name: layers[name].weights() for name in weights}
         _check_kind({name: (given.method, own[name].method) for name, given in weights.items()}, source)
+        for name, given in weights.items():
+            if given.tensors().keys() != own[name].tensors().keys():
+                _check_parts(name, given, own[name], source)
         ranks = {name: (given.rank, own[name].rank) for name, given in weights.items()}
         _check_equal("rank", "network_dim", {name: pair for name, pair in ranks.items() if pair[0] != pair[1]}, source)
         alphas = {name: (given.alpha, own[name].alpha) for name, given in weights.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from library.config.errors import ConfigError, nearest_name
-from library.config.network import METHODS, NetworkConfig, split_network_args
+from library.config.network import METHODS, TRUE_TEXTS, NetworkConfig, split_network_args
 from library.records import AdapterTargets
 
 _RANKS_BY_HAND = (
@@ -31,7 +31,6 @@ _WHY_NOT_OURS = {
     "decompose_both": "only a LoKr's update is cut into a Kronecker product",
     "full_matrix": "only a LoKr's factors can be whole",
 }
-_TRUE = ("true", "1", "yes", "on", "y", "t")
 _FALSE = ("false", "0", "no", "off", "n", "f")
 _REFUSED = {
     "split_qkv": "the fused qkv layer takes one update, which at three times the rank can be any three separate ones. "
@@ -266,9 +265,9 @@ def _rank_list(name: str, text: str, count: int) -> tuple[int, ...]:
 
 
 def _boolean(name: str, text: str) -> bool:
-    if text.lower() not in (*_TRUE, *_FALSE):
+    if text.lower() not in (*TRUE_TEXTS, *_FALSE):
         raise _unexpected(name, text, "true or false")
-    return text.lower() in _TRUE
+    return text.lower() in TRUE_TEXTS
 
 
 def _blocks(name: str, text: str) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ SAVE_FORMATS = ("kohya", "diffusers", "both")
 METHODS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 """Kinds of adapters: name in the code -> for people."""
 
+TRUE_TEXTS = ("true", "1", "yes", "on", "y", "t")
 LYCORIS = "lycoris.kohya"
 _MODULES = {f"networks.{method}": method for method in METHODS}
 _ALGORITHMS = {"lora": "lora", "locon": "lora", "lokr": "lokr", "loha": "loha"}
@@ -123,7 +124,8 @@ class NetworkConfig:
     @property
     def idle_options(self) -> tuple[str, ...]:
         """The options that don't act, and so stand in no saved file."""
-        idle = ("network_dim", "network_alpha") if self.dim_from_weights else ()
+        whole = dict(split_network_args(self.network_args)).get("full_matrix", "").lower() in TRUE_TEXTS
+        idle = ("network_dim", "network_alpha") if self.dim_from_weights or whole else ()
         return idle if self.network_dropout else (*idle, "network_dropout")
 
     @property
