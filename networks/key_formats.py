@@ -165,7 +165,7 @@ def read_weights(
 
 def to_kohya(weights: Mapping[str, UpdateWeights]) -> dict[str, Tensor]:
     """This spells an adapter kohya's way."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in weights.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in layer.tensors().items()}
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
@@ -313,7 +313,7 @@ def _lokr_weights(name: str, parts: Mapping[str, Tensor], source: str) -> LokrWe
         if (factor in parts) == any(part in parts for part in pair):
             state = "twice" if factor in parts else "not at all"
             raise ConfigError(f"{source}: {name} has {factor} {state}; the file is damaged")
-        given = (parts[factor],) if factor in parts else _low_rank_pair(name, parts, *pair, source)
+        given: tuple[Tensor, ...] = (parts[factor],) if factor in parts else _low_rank_pair(name, parts, *pair, source)
         if given[0].ndim not in (2, 4) or given[0].numel() == 0:
             raise ConfigError(f"{source}: {name} has {factor} of size {list(given[0].shape)}; the file is damaged")
         factors.append(given)
@@ -329,7 +329,8 @@ def _loha_weights(name: str, parts: Mapping[str, Tensor], source: str) -> LohaWe
     second = _low_rank_pair(name, parts, "hada_w2_a", "hada_w2_b", source)
     if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         raise ConfigError(f"{source}: {name} has two products of different sizes; the file is damaged")
-    weights = LohaWeights(*first, *second, float(parts.get("alpha", first[1].shape[0])))
+    (w1_a, w1_b), (w2_a, w2_b) = first, second
+    weights = LohaWeights(w1_a, w1_b, w2_a, w2_b, float(parts.get("alpha", w1_b.shape[0])))
     _check_finite(name, (*first, *second, torch.tensor(weights.alpha)), source)
     return weights
 

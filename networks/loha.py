@@ -32,7 +32,10 @@ class LohaWeights(NamedTuple):
     w2_b: Tensor
     alpha: float
 
-    method = "LoHa"
+    @property
+    def method(self) -> str:
+        """The kind of update, for people."""
+        return "LoHa"
 
     @property
     def rank(self) -> int:
@@ -137,7 +140,8 @@ class LohaLayer(nn.Module):
 
     def weights(self) -> LohaWeights:
         """The numbers of the update."""
-        return LohaWeights(*(parameter.detach() for parameter in self.parameters()), self.alpha)
+        w1_a, w1_b, w2_a, w2_b = (parameter.detach() for parameter in self.parameters())
+        return LohaWeights(w1_a, w1_b, w2_a, w2_b, self.alpha)
 
     def norm(self) -> Tensor:
         """The update's Frobenius norm at multiplier 1, (), on the weights' device."""

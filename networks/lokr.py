@@ -17,7 +17,8 @@ from library.randomness import torch_generator
 from networks.lora_layer import LoraWeights
 from networks.wrapping import NO_DROPOUT, Base, Dropouts, LayerSize, WrappedForward, empty_parameter, layer_size
 
-Factor = tuple[Tensor] | tuple[Tensor, Tensor]
+Factor = tuple[Tensor, ...]
+"""A whole factor, or the two matrices whose product it is."""
 
 
 class LokrWeights(NamedTuple):
@@ -33,7 +34,10 @@ class LokrWeights(NamedTuple):
     w2: Factor
     alpha: float
 
-    method = "LoKr"
+    @property
+    def method(self) -> str:
+        """The kind of update, for people."""
+        return "LoKr"
 
     @property
     def rank(self) -> int:
@@ -54,7 +58,7 @@ class LokrWeights(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """The numbers by the end of their key in a file, which is their parameter's name in the layer too."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for name, factor in (("lokr_w1", self.w1), ("lokr_w2", self.w2)):
             named |= dict(zip((name,) if len(factor) == 1 else (f"{name}_a", f"{name}_b"), factor))
         return named
@@ -227,8 +231,8 @@ class LokrLayer(nn.Module):
 
     def weights(self) -> LokrWeights:
         """The numbers of the update."""
-        w1, w2, alpha = self._weights()
-        return LokrWeights(_detached(w1), _detached(w2), alpha)
+        weights = self._weights()
+        return LokrWeights(_detached(weights.w1), _detached(weights.w2), weights.alpha)
 
     def norm(self) -> Tensor:
         """The update's Frobenius norm at multiplier 1, (), on the weights' device: that of w1 times that of w2."""
@@ -270,4 +274,4 @@ def _product(factor: Factor) -> Tensor:
 
 
 def _detached(factor: Factor) -> Factor:
-    return tuple(part.detach() for part in factor)  # type: ignore[return-value]
+    return tuple(part.detach() for part in factor)

@@ -203,7 +203,7 @@ class LoraNetwork(nn.Module):
         return {"": diffusers}
 
     @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, LoraWeights], source: str) -> None:
+    def load_weights(self, weights: Mapping[str, UpdateWeights], source: str) -> None:
         """This takes over the numbers of the layers in ``weights``; other layers stay as they are.
 
         Args:

@@ -27,7 +27,10 @@ class LoraWeights(NamedTuple):
     up: Tensor
     alpha: float
 
-    method = "LoRA"
+    @property
+    def method(self) -> str:
+        """The kind of update, for people."""
+        return "LoRA"
 
     @property
     def rank(self) -> int:
@@ -115,7 +118,7 @@ class LoraLayer(nn.Module):
     @property
     def parts_by_rate(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters with the plain learning rate, and those to which LoRA+ gives a larger one."""
-        return [self.lora_down.weight], [self.lora_up.weight]
+        return list(self.lora_down.parameters()), list(self.lora_up.parameters())
 
     def weights(self) -> LoraWeights:
         """The numbers of the update."""
