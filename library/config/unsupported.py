@@ -56,6 +56,10 @@ REASONS: dict[str, str] = {
     # SimpleTuner's
     "model_type": "the script says it: <model>_train_network.py trains adapters, <model>_train.py the model itself",
     "model_family": "the script says it: sd3_... is for Stable Diffusion 3 and 3.5, sana_... for Sana",
+    "lycoris_config": (
+        "its settings are options: `python -m tools.import_simpletuner` translates them, to --network_module "
+        "lycoris.kohya --network_dim 8 --network_args algo=lokr factor=16 and the like"
+    ),
     "base_model_precision": _QUANTISED,
     "text_encoder_1_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
