@@ -23,6 +23,7 @@ from library.config.unsupported import refusals
 from library.families import FAMILIES, family_files, family_options
 from library.records import ModelDescription, Resolution
 from library.sampling.prompts import read_prompts
+from library.sampling.requests import requested_samples
 from library.version import VERSION
 
 WRONG_USAGE, INTERRUPTED = 2, 130
@@ -147,13 +148,11 @@ def checked_configuration(script: Script, command_line: CommandLine) -> tuple[Ru
     if description is not None:
         config = config.with_model_defaults(description)
         problems += config.model_problems(description)
-    if prompts := config.sampling.sample_prompts:
-        native = description.native_resolution if description else _ANY_SIZE
-        largest = description.largest_side if description else None
-        checked(
-            lambda: read_prompts(prompts, native_resolution=native, resolution_step=step, seed=0, largest_side=largest),
-            None,
-        )
+    if description is not None:
+        sampled = description
+        checked(lambda: requested_samples(config.sampling, sampled, resolution_step=step, seed=0), None)
+    elif prompts := config.sampling.sample_prompts:
+        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, resolution_step=step, seed=0), None)
     # What follows from an option that was refused already would only confuse
     blamed = re.compile("|".join(rf"--{name}\b" for name in command_line.unusable) or "(?!)")
     new = [problem for problem in problems if not blamed.search(problem)]

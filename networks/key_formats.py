@@ -1,7 +1,9 @@
 """Spellings of an adapter file: kohya's (ComfyUI and most programs) and diffusers' (PEFT keys).
 
 kohya: ``<prefix>_<path with underscores>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``. The strength is
-alpha / rank; without an alpha it is 1.
+alpha / rank; without an alpha it is 1. A LoKr has ``.lokr_w1`` and ``.lokr_w2``, or in place of either ``_a`` and
+``_b``; a LoHa ``.hada_w1_a``, ``.hada_w1_b``, ``.hada_w2_a``, ``.hada_w2_b``. LyCORIS's own prefix, ``lycoris_`` for a
+denoiser alone, is read too. diffusers knows only LoRA.
 
 diffusers: ``<component>.<path>.lora_A.weight`` (down), ``.lora_B.weight`` (up); the strength is 1 unless the metadata
 entry ``lora_adapter_metadata`` says otherwise. It has three layers where ours is fused (one ``qkv``):
@@ -23,14 +25,23 @@ from torch import Tensor
 
 from library.config.errors import ConfigError
 from library.records import AdapterTargets, FusedLinear
+from networks.loha import LohaWeights
+from networks.lokr import LokrWeights
 from networks.lora_layer import LoraWeights
-from networks.targeting import kohya_name
+from networks.methods import UpdateWeights
+from networks.targeting import DENOISER, kohya_name
 
 KOHYA, DIFFUSERS = "kohya", "diffusers"
 PEFT_METADATA = "lora_adapter_metadata"
 
-_KOHYA_KEY = re.compile(r"(?P<name>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-_KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+LYCORIS_PREFIX = "lycoris"
+
+_LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+_LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"} | {
+    part: part for part in (*_LOKR_PARTS, *_LOHA_PARTS)
+}
+_KOHYA_KEY = re.compile(rf"(?P<name>[^.]+)\.(?P<part>{'|'.join(map(re.escape, _KOHYA_PARTS))})")
 _DIFFUSERS_KEY = re.compile(
     r"(?P<name>.+?)\.(?P<part>lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up|alpha)"
     r"(?:\.default)?(?:\.weight)?"
@@ -47,9 +58,12 @@ _DIFFUSERS_PARTS = {
 _OTHER_METHODS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
-    ".hada_w": "LoHa",
-    ".lokr_w": "LoKr",
+    ".hada_t": "Tucker LoHa",
+    ".lokr_t": "Tucker LoKr",
     ".lora_mid": "Tucker LoCon",
+    ".on_input": "IA3",
+    ".a1.weight": "GLoRA",
+    ".diff": "LyCORIS full",
     ".oft_": "OFT",
     "lora_B.bias": "LoRA with biases",
 }
@@ -100,16 +114,20 @@ def detect_format(keys: Iterable[str], targets: Mapping[str, AdapterTargets], so
     keys = list(keys)
     for marker, method in _OTHER_METHODS.items():
         if any(marker in key for key in keys):
-            raise ConfigError(f"{source} is a {method} adapter; only LoRA can be read")
+            raise ConfigError(f"{source} is a {method} adapter; only LoRA, LoKr and LoHa can be read")
+    if elsewhere := [key for key in keys if _is_factor(key) and not _KOHYA_KEY.fullmatch(key)]:
+        raise ConfigError(
+            f"{source} has a LoKr or LoHa in PEFT's spelling ({elsewhere[0]}), whose separate q, k and v have no place "
+            f"in this model's fused layers; only kohya's and LyCORIS's ({_expected(targets)}) can be read"
+        )
     theirs = {target.diffusers_prefix for target in targets.values() if target.diffusers_prefix}
     if any(_KOHYA_KEY.fullmatch(key) and _component(key, targets) for key in keys):
         return KOHYA
     if any(_DIFFUSERS_KEY.fullmatch(key) and key.split(".")[0] in theirs for key in keys):
         return DIFFUSERS
-    ours = ", ".join(f"{target.prefix}_*" for target in targets.values())
     raise ConfigError(
-        f"{source} is not a LoRA for this model: its keys look like {_some(sorted(keys))}; expected {ours}, or "
-        + ", ".join(f"{prefix}.*" for prefix in sorted(theirs))
+        f"{source} is not an adapter for this model: its keys look like {_some(sorted(keys))}; expected "
+        f"{_expected(targets)}, or " + ", ".join(f"{prefix}.*" for prefix in sorted(theirs))
     )
 
 
@@ -120,7 +138,7 @@ def components_of(names: Iterable[str], targets: Mapping[str, AdapterTargets]) -
 
 def read_weights(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], targets: Mapping[str, AdapterTargets], source: str
-) -> dict[str, LoraWeights]:
+) -> dict[str, UpdateWeights]:
     """This reads an adapter in either spelling.
 
     Args:
@@ -133,25 +151,23 @@ def read_weights(
         By layer name in kohya's spelling.
 
     Raises:
-        ConfigError: The file isn't a LoRA for this model, is incomplete, or contradicts itself.
+        ConfigError: The file isn't an adapter for this model, is incomplete, or contradicts itself.
     """
     if detect_format(tensors, targets, source) == KOHYA:
         parts = _by_layer(tensors, _KOHYA_KEY, _KOHYA_PARTS, source)
         if strange := sorted(name for name in parts if not _component(name, targets)):
-            expected = ", ".join(f"{target.prefix}_*" for target in targets.values())
             raise ConfigError(
-                f"{source}: {len(strange)} layers are not this model's: {_some(strange)}; expected {expected}"
+                f"{source}: {len(strange)} layers are not this model's: {_some(strange)}; expected {_expected(targets)}"
             )
-        return {name: _weights(name, given, None, source) for name, given in parts.items()}
-    return _from_diffusers(tensors, metadata, targets, source)
+        return {_own_name(name, targets): _weights_of_any_kind(name, given, source) for name, given in parts.items()}
+    return {**_from_diffusers(tensors, metadata, targets, source)}
 
 
-def to_kohya(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
+def to_kohya(weights: Mapping[str, UpdateWeights]) -> dict[str, Tensor]:
     """This spells an adapter kohya's way."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in weights.items():
-        tensors[f"{name}.lora_down.weight"] = layer.down
-        tensors[f"{name}.lora_up.weight"] = layer.up
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer.tensors().items()}
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
     return tensors
 
@@ -257,7 +273,7 @@ def _by_layer(
         else:
             layers.setdefault(match["name"], {})[names[match["part"]]] = tensor
     if strange:
-        raise ConfigError(f"{source}: {len(strange)} keys are not a LoRA's: {_some(sorted(strange))}")
+        raise ConfigError(f"{source}: {len(strange)} keys are not an adapter's: {_some(sorted(strange))}")
     return layers
 
 
@@ -275,9 +291,69 @@ def _weights(name: str, parts: Mapping[str, Tensor], peft_config: Mapping[str, A
         alpha = float(parts["alpha"])
     else:
         alpha = _peft_alpha(name, rank, peft_config) if peft_config else float(rank)
-    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in (down, up, torch.tensor(alpha))):
-        raise ConfigError(f"{source}: {name} has numbers that are not finite; the adapter is broken")
+    _check_finite(name, (down, up, torch.tensor(alpha)), source)
     return LoraWeights(down, up, alpha)
+
+
+def _weights_of_any_kind(name: str, parts: Mapping[str, Tensor], source: str) -> UpdateWeights:
+    kinds = {part.split("_")[0] for part in parts if part != "alpha"}
+    if kinds == {"lokr"}:
+        return _lokr_weights(name, parts, source)
+    if kinds == {"hada"}:
+        return _loha_weights(name, parts, source)
+    if kinds & {"lokr", "hada"}:
+        raise ConfigError(f"{source}: {name} mixes kinds of adapters ({', '.join(sorted(parts))}); the file is damaged")
+    return _weights(name, parts, None, source)
+
+
+def _lokr_weights(name: str, parts: Mapping[str, Tensor], source: str) -> LokrWeights:
+    factors = []
+    for factor in ("lokr_w1", "lokr_w2"):
+        pair = (f"{factor}_a", f"{factor}_b")
+        if (factor in parts) == any(part in parts for part in pair):
+            state = "twice" if factor in parts else "not at all"
+            raise ConfigError(f"{source}: {name} has {factor} {state}; the file is damaged")
+        given: tuple[Tensor, ...] = (parts[factor],) if factor in parts else _low_rank_pair(name, parts, *pair, source)
+        if given[0].ndim not in (2, 4) or given[0].numel() == 0:
+            raise ConfigError(f"{source}: {name} has {factor} of size {list(given[0].shape)}; the file is damaged")
+        factors.append(given)
+    weights = LokrWeights(factors[0], factors[1], 1.0)
+    if len(weights.w1) == 2 or len(weights.w2) == 2:
+        weights = weights._replace(alpha=float(parts.get("alpha", weights.rank)))
+    _check_finite(name, (*weights.tensors().values(), torch.tensor(weights.alpha)), source)
+    return weights
+
+
+def _loha_weights(name: str, parts: Mapping[str, Tensor], source: str) -> LohaWeights:
+    first = _low_rank_pair(name, parts, "hada_w1_a", "hada_w1_b", source)
+    second = _low_rank_pair(name, parts, "hada_w2_a", "hada_w2_b", source)
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        raise ConfigError(f"{source}: {name} has two products of different sizes; the file is damaged")
+    (w1_a, w1_b), (w2_a, w2_b) = first, second
+    weights = LohaWeights(w1_a, w1_b, w2_a, w2_b, float(parts.get("alpha", w1_b.shape[0])))
+    _check_finite(name, (*first, *second, torch.tensor(weights.alpha)), source)
+    return weights
+
+
+def _low_rank_pair(name: str, parts: Mapping[str, Tensor], left: str, right: str, source: str) -> tuple[Tensor, Tensor]:
+    for part in (left, right):
+        if part not in parts:
+            raise ConfigError(f"{source}: {name} has no {part}; the file is incomplete")
+    a, b = parts[left], parts[right]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or b.shape[0] == 0:
+        raise ConfigError(
+            f"{source}: {name} has {left} {list(a.shape)} and {right} {list(b.shape)}, which have no rank in common"
+        )
+    return a, b
+
+
+def _check_finite(name: str, tensors: Iterable[Tensor], source: str) -> None:
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors):
+        raise ConfigError(f"{source}: {name} has numbers that are not finite; the adapter is broken")
+
+
+def _is_factor(key: str) -> bool:
+    return ".lokr_w" in key or ".hada_w" in key
 
 
 def _peft_alpha(name: str, rank: int, config: Mapping[str, Any]) -> float:
@@ -289,9 +365,21 @@ def _peft_alpha(name: str, rank: int, config: Mapping[str, Any]) -> float:
     return alpha * rank**0.5 if config.get(f"{prefix}.use_rslora") else alpha
 
 
+def _own_name(name: str, targets: Mapping[str, AdapterTargets]) -> str:
+    """A layer's name with our prefix, where LyCORIS's stood."""
+    if name.startswith(f"{LYCORIS_PREFIX}_") and DENOISER in targets:
+        return targets[DENOISER].prefix + name.removeprefix(LYCORIS_PREFIX)
+    return name
+
+
 def _component(name: str, targets: Mapping[str, AdapterTargets]) -> str | None:
+    name = _own_name(name, targets)
     matching = (component for component, target in targets.items() if name.startswith(f"{target.prefix}_"))
     return next(matching, None)
+
+
+def _expected(targets: Mapping[str, AdapterTargets]) -> str:
+    return ", ".join(f"{target.prefix}_*" for target in targets.values())
 
 
 def _swapped(rows: Tensor) -> Tensor:

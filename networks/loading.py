@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from library.config.errors import ConfigError
-from library.config.network import NetworkConfig
+from library.config.network import METHODS, NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.io.header import read_header
 from library.io.safetensors import load_tensors
 from library.records import AdapterTargets
-from networks.key_formats import DIFFUSERS, components_of, detect_format, read_weights
+from networks.key_formats import DIFFUSERS, KOHYA, components_of, detect_format, read_weights
 from networks.lora import LoraNetwork, attach, inject, size_metadata
-from networks.lora_layer import LoraWeights
 from networks.lora_settings import LoraSettings, read_settings
+from networks.methods import UpdateWeights
 from networks.targeting import TargetedLayer, all_layers, trained_components
 
 if TYPE_CHECKING:
@@ -79,13 +79,26 @@ def create_network(
             f"the adapter would train {', '.join(missing)}, which this run doesn't load: its file isn't given, "
             "or its outputs are cached; change that, or add --network_train_unet_only"
         )
-    trained = {component: roots[component] for component in components}
+    created = _create(network, settings, {component: roots[component] for component in components}, targets, run_seed)
+    if network.save_format != KOHYA:
+        created.refuse_full_rank()
+    return created
+
+
+def _create(
+    network: NetworkConfig,
+    settings: LoraSettings,
+    trained: Mapping[str, nn.Module],
+    targets: Mapping[str, AdapterTargets],
+    run_seed: int,
+) -> LoraNetwork:
     metadata = {"ss_network_args": network.network_args_json} if network.network_args else {}
     if network.network_weights is None:
         return inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
     if network.dim_from_weights:
         created = _from_file(network.network_weights, trained, targets, settings, metadata, partial=True)
-        if without := [component for component in components if component not in created.components]:
+        _check_kind(created, settings, network.network_weights)
+        if without := [component for component in trained if component not in created.components]:
             log.warning("%s has nothing for %s, which get no adapter", network.network_weights, ", ".join(without))
         return created
     created = inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
@@ -114,7 +127,7 @@ def load_adapter(
             See ``adapter_components``.
 
     Raises:
-        ConfigError: The file is not a LoRA for this model, or changes components that aren't in ``roots``.
+        ConfigError: The file is not an adapter for this model, or changes components that aren't in ``roots``.
     """
     settings = LoraSettings(rank=1, alpha=0.0)
     network = _from_file(path, roots, targets, settings, {}, partial=partial)
@@ -126,7 +139,7 @@ def adapter_components(path: str, targets: Mapping[str, AdapterTargets]) -> set[
     """The components that an adapter file changes, from its header alone.
 
     Raises:
-        ConfigError: The file is not a LoRA for this model.
+        ConfigError: The file is not an adapter for this model.
     """
     keys = read_header(path).tensors
     if detect_format(keys, targets, str(path)) == DIFFUSERS:
@@ -135,14 +148,14 @@ def adapter_components(path: str, targets: Mapping[str, AdapterTargets]) -> set[
     return components_of(keys, targets)
 
 
-def read_adapter(path: str, targets: Mapping[str, AdapterTargets]) -> dict[str, LoraWeights]:
+def read_adapter(path: str, targets: Mapping[str, AdapterTargets]) -> dict[str, UpdateWeights]:
     """This reads an adapter file in either spelling.
 
     Returns:
         By layer name in kohya's spelling, on the CPU.
 
     Raises:
-        ConfigError: The file is not a readable LoRA for this model.
+        ConfigError: The file is not a readable adapter for this model.
     """
     header = read_header(path)
     detect_format(header.tensors, targets, str(path))
@@ -156,7 +169,7 @@ def layers_by_name(roots: Mapping[str, nn.Module], targets: Mapping[str, Adapter
 
 
 def match_layers(
-    weights: Mapping[str, LoraWeights],
+    weights: Mapping[str, UpdateWeights],
     layers: Mapping[str, TargetedLayer],
     roots: Mapping[str, nn.Module],
     targets: Mapping[str, AdapterTargets],
@@ -189,9 +202,10 @@ def match_layers(
             f"{', '.join(unknown[:3])}"
         )
     for name, given in here.items():
-        expected = tuple(layers[name].base.weight.shape)
-        found = (given.up.shape[0], *given.down.shape[1:])
-        if found != expected:
+        expected = layers[name].base.weight.shape
+        found = given.shape
+        # A convolution's kernel may be laid out flat.
+        if found != tuple(expected) and found != (expected[0], expected[1:].numel()):
             raise ConfigError(
                 f"{source} is for another model: {name} changes a weight of size {list(found)}, here it has "
                 f"{list(expected)}"
@@ -213,11 +227,21 @@ def _from_file(
     if not layers:
         raise ConfigError(f"{path} has nothing for {', '.join(roots)}")
     used = {layer.name: weights[layer.name] for layer in layers}
-    network = attach(layers, targets, settings, metadata={**metadata, **size_metadata(list(used.values()))})
+    network = attach(layers, used, targets, settings, metadata={**metadata, **size_metadata(list(used.values()))})
     network.load_weights(used, path)
     if not next(network.parameters()).is_meta:  # a trial without weights says nothing
         _report(path, used=len(used), in_file=len(weights), without=0)
     return network
+
+
+def _check_kind(network: LoraNetwork, settings: LoraSettings, path: str) -> None:
+    for layer in network.modules_by_name.values():
+        found = layer.weights().method
+        if found != METHODS[settings.method]:
+            raise ConfigError(
+                f"--network_weights {path} is a {found}, and --network_module says {METHODS[settings.method]}; with "
+                f"--dim_from_weights it must be networks.{found.lower()}"
+            )
 
 
 def _start_from(

@@ -1,4 +1,4 @@
-"""LoRA on a whole model: many layers' updates as one module that is trained, saved and switched off together."""
+"""An adapter: many layers' updates as one module that is trained, saved and switched off together."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +11,10 @@ from library.config.errors import ConfigError
 from library.config.optimizer import OptimizerConfig
 from library.records import AdapterTargets
 from networks.key_formats import KOHYA, to_diffusers, to_kohya
-from networks.lora_layer import Dropouts, LoraLayer, LoraWeights
+from networks.lokr import LokrLayer
+from networks.lora_layer import LoraWeights
 from networks.lora_settings import LoraSettings
+from networks.methods import UpdateLayer, UpdateWeights, layer_for, new_layer
 from networks.targeting import DENOISER, TargetedLayer, learning_rates, select_layers
 
 # A file's alpha may have been rounded to bf16.
@@ -45,7 +47,7 @@ class LoraNetwork(nn.Module):
 
     def __init__(
         self,
-        layers: Mapping[str, LoraLayer],
+        layers: Mapping[str, UpdateLayer],
         targets: Mapping[str, AdapterTargets],
         settings: LoraSettings,
         metadata: Mapping[str, str],
@@ -55,10 +57,10 @@ class LoraNetwork(nn.Module):
         self.settings = settings
         self.metadata = dict(metadata)
         for name, layer in layers.items():
-            self.add_module(name, layer)
+            self.add_module(name, layer)  # type: ignore[arg-type]
 
     @property
-    def modules_by_name(self) -> dict[str, LoraLayer]:
+    def modules_by_name(self) -> dict[str, UpdateLayer]:
         """The updates by name in kohya's spelling, in the order of the model's layers."""
         return dict(self.named_children())  # type: ignore[arg-type]
 
@@ -70,7 +72,7 @@ class LoraNetwork(nn.Module):
     def component_parameters(self, component: str) -> list[nn.Parameter]:
         """The parameters that change one part of the model; none if it has no adapter."""
         layers = (layer for layer in self.modules_by_name.values() if layer.component == component)
-        return [parameter for layer in layers for parameter in layer.parameters()]
+        return [parameter for layer in layers for parts in layer.parts_by_rate for parameter in parts]
 
     def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
         """This makes the optimizer's groups: one per component, and with LoRA+ another for its ``up`` weights.
@@ -98,7 +100,7 @@ class LoraNetwork(nn.Module):
             settings = self.settings
             ratio = settings.loraplus_text_encoder_lr_ratio if of_encoder else settings.loraplus_unet_lr_ratio
             layers = [layer for layer in self.modules_by_name.values() if layer.component == component]
-            down, up = ([getattr(layer, part).weight for layer in layers] for part in ("lora_down", "lora_up"))
+            down, up = ([p for layer in layers for p in layer.parts_by_rate[faster]] for faster in (0, 1))
             if ratio == 1:
                 groups.append({"params": [*down, *up], "lr": rate, "name": name})
             else:
@@ -134,30 +136,54 @@ class LoraNetwork(nn.Module):
             ValueError: Something else has wrapped a layer since.
         """
         for layer in self.modules_by_name.values():
-            layer.remove()
+            layer.wrapped.remove()
 
     @torch.no_grad()
     def scale_weight_norms(self, limit: float) -> WeightNorms:
         """This scales down every update whose Frobenius norm (at multiplier 1) is above ``limit``.
 
-        Half of the factor goes into ``up`` and half into ``down``.
+        Each of a layer's parameters takes the same share of the factor: half for LoRA's two.
         """
         layers = list(self.modules_by_name.values())
         norms = torch.stack([layer.norm() for layer in layers])
-        factors = (limit / norms.clamp(min=limit)).sqrt()
+        factors = limit / norms.clamp(min=limit)
         for layer, factor in zip(layers, factors.unbind()):
-            layer.lora_down.weight.mul_(factor)
-            layer.lora_up.weight.mul_(factor)
+            parameters = [parameter for parts in layer.parts_by_rate for parameter in parts]
+            for parameter in parameters:
+                parameter.mul_(factor ** (1 / len(parameters)))
         limited = norms.clamp(max=limit)
         return WeightNorms((norms > limit).sum(), limited.mean(), limited.max())
 
-    def weights(self) -> dict[str, LoraWeights]:
+    def weights(self) -> dict[str, UpdateWeights]:
         """The numbers of all updates, by name in kohya's spelling."""
         return {name: layer.weights() for name, layer in self.modules_by_name.items()}
 
     def state_dict_kohya(self) -> dict[str, Tensor]:
         """The adapter in kohya's spelling, alphas included."""
         return to_kohya(self.weights())
+
+    def as_lora(self) -> dict[str, LoraWeights]:
+        """The same updates as a LoRA, for readers that know no other kind, by name in kohya's spelling.
+
+        Raises:
+            ConfigError: An update's rank is that of the whole layer.
+        """
+        self.refuse_full_rank()
+        return {name: layer.weights().as_lora(layer.wrapped.kernel) for name, layer in self.modules_by_name.items()}
+
+    def refuse_full_rank(self) -> None:
+        """This checks that ``as_lora`` works.
+
+        Raises:
+            ConfigError: An update's rank is that of the whole layer.
+        """
+        whole = [name for name, layer in self.modules_by_name.items() if layer.weights().lora_rank is None]
+        if whole:
+            raise ConfigError(
+                f"diffusers reads only LoRA, and {len(whole)} layers of this LoKr, such as {whole[0]}, have a whole "
+                "second factor, with which they would be larger than the model as a LoRA; use --save_format kohya, or "
+                "a smaller --network_dim"
+            )
 
     def files(self, save_format: str) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """This spells the adapter for saving.
@@ -170,14 +196,14 @@ class LoraNetwork(nn.Module):
         """
         if save_format == KOHYA:
             return {"": (self.state_dict_kohya(), self.metadata)}
-        tensors, metadata = to_diffusers(self.weights(), self.targets)
+        tensors, metadata = to_diffusers(self.as_lora(), self.targets)
         diffusers = (tensors, {**self.metadata, **metadata})
         if save_format == "both":
             return {"": (self.state_dict_kohya(), self.metadata), "_diffusers": diffusers}
         return {"": diffusers}
 
     @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, LoraWeights], source: str) -> None:
+    def load_weights(self, weights: Mapping[str, UpdateWeights], source: str) -> None:
         """This takes over the numbers of the layers in ``weights``; other layers stay as they are.
 
         Args:
@@ -188,19 +214,20 @@ class LoraNetwork(nn.Module):
             ConfigError: A shape, rank or alpha differs.
         """
         layers = self.modules_by_name
-        ranks = {name: (given.rank, layers[name].rank) for name, given in weights.items()}
+        own = {name: layers[name].weights() for name in weights}
+        _check_kind({name: (given.method, own[name].method) for name, given in weights.items()}, source)
+        for name, given in weights.items():
+            if given.tensors().keys() != own[name].tensors().keys():
+                _check_parts(name, given, own[name], source)
+        ranks = {name: (given.rank, own[name].rank) for name, given in weights.items()}
         _check_equal("rank", "network_dim", {name: pair for name, pair in ranks.items() if pair[0] != pair[1]}, source)
-        alphas = {name: (given.alpha, layers[name].alpha) for name, given in weights.items()}
+        alphas = {name: (given.alpha, own[name].alpha) for name, given in weights.items()}
         different = {name: (a, b) for name, (a, b) in alphas.items() if abs(a - b) > _ALPHA_TOLERANCE * b}
         _check_equal("alpha", "network_alpha", different, source)
         for name, given in weights.items():
-            for part, value in (("lora_down", given.down), ("lora_up", given.up)):
-                own = getattr(layers[name], part).weight
-                if own.shape != value.shape:
-                    raise ConfigError(
-                        f"{source} is for another model: {name}.{part} is {list(value.shape)}, not {list(own.shape)}"
-                    )
-                own.copy_(value)
+            _check_parts(name, given, own[name], source)
+            for part, value in own[name].tensors().items():
+                value.copy_(given.tensors()[part].reshape(value.shape))
 
 
 def inject(
@@ -223,8 +250,9 @@ def inject(
     Raises:
         ConfigError: A setting applies to no layer.
     """
-    layers = select_layers(roots, targets, settings)
-    network = attach(layers, targets, settings, metadata=metadata)
+    updates = {layer.name: new_layer(layer, settings) for layer in select_layers(roots, targets, settings)}
+    _check_factors(updates, settings)
+    network = LoraNetwork(updates, targets, settings, metadata or {})
     for name, layer in network.modules_by_name.items():
         layer.initialise(run_seed, name)
     return network
@@ -232,36 +260,71 @@ def inject(
 
 def attach(
     layers: Iterable[TargetedLayer],
+    weights: Mapping[str, UpdateWeights],
     targets: Mapping[str, AdapterTargets],
     settings: LoraSettings,
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> LoraNetwork:
-    """This gives layers an update whose numbers are still to come (``initialise`` or ``load_weights``).
+    """This gives layers the updates of a file, numbers still to come (``load_weights``).
 
     Args:
-        layers: Which layers, with rank and alpha.
+        layers: Which layers.
+        weights: The file's, by layer name; they decide kinds and sizes.
         targets: The family's, by component.
         settings: Dropouts and learning-rate ratios.
         metadata: Entries for saved files that describe the adapter.
     """
-    dropouts = Dropouts(settings.dropout, settings.rank_dropout, settings.module_dropout)
-    updates = {
-        layer.name: LoraLayer(
-            layer.base, component=layer.component, rank=layer.rank, alpha=layer.alpha, dropouts=dropouts
-        )
-        for layer in layers
-    }
+    updates = {layer.name: layer_for(weights[layer.name], layer.component, layer.base, settings) for layer in layers}
     return LoraNetwork(updates, targets, settings, metadata or {})
 
 
-def size_metadata(weights: Sequence[LoraWeights]) -> dict[str, str]:
+def size_metadata(weights: Sequence[UpdateWeights]) -> dict[str, str]:
     """What saved files say of an adapter whose ranks came from a file: kohya writes ``Dynamic`` where they differ."""
     ranks, alphas = {layer.rank for layer in weights}, {layer.alpha for layer in weights}
     return {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
     }
+
+
+def _check_factors(updates: Mapping[str, UpdateLayer], settings: LoraSettings) -> None:
+    """This refuses what does nothing because of how the layers' sizes divide."""
+    plans = [layer.plan for layer in updates.values() if isinstance(layer, LokrLayer)]
+    if not plans:
+        return
+    if settings.decompose_both and all(plan.w1_rank is None for plan in plans):
+        raise ConfigError(
+            f"--network_args decompose_both does nothing: at rank {settings.rank} every layer's first factor is whole; "
+            "lower --network_dim or --network_args factor, or remove it"
+        )
+    strength_one = (0.0, 1.0, float(settings.rank))
+    if all(plan.is_whole for plan in plans) and settings.alpha not in strength_one:
+        raise ConfigError(
+            f"--network_alpha {settings.alpha:g} does nothing: at rank {settings.rank} every layer's factors are whole "
+            "and have strength 1; remove it, or lower --network_dim"
+        )
+
+
+def _check_kind(methods: Mapping[str, tuple[str, str]], source: str) -> None:
+    for name, (given, own) in methods.items():
+        if given != own:
+            raise ConfigError(
+                f"{source} is a {given} adapter where this run trains a {own} ({name}); set --network_module "
+                f"networks.{given.lower()}"
+            )
+
+
+def _check_parts(name: str, given: UpdateWeights, own: UpdateWeights, source: str) -> None:
+    expected = {part: list(tensor.flatten(1).shape) for part, tensor in own.tensors().items()}
+    found = {part: list(tensor.flatten(1).shape) for part, tensor in given.tensors().items()}
+    if found != expected:
+        sizes = ", ".join(f"{part} {size}" for part, size in found.items())
+        wanted = ", ".join(f"{part} {size}" for part, size in expected.items())
+        raise ConfigError(
+            f"{source} has {sizes} for {name}, this run has {wanted}; give the --network_args that it was made with, "
+            "or add --dim_from_weights"
+        )
 
 
 def _check_equal(what: str, option: str, different: Mapping[str, tuple[float, float]], source: str) -> None:

@@ -4,7 +4,6 @@ Shapes: B batch, r rank. The update of a weight W (out, in) is ``multiplier * al
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.randomness import torch_generator
+from networks.wrapping import NO_DROPOUT, Base, Dropouts, WrappedForward, layer_size
 
 
 class LoraWeights(NamedTuple):
@@ -28,32 +28,37 @@ class LoraWeights(NamedTuple):
     alpha: float
 
     @property
+    def method(self) -> str:
+        """The kind of update, for people."""
+        return "LoRA"
+
+    @property
     def rank(self) -> int:
         """The number of components, r."""
         return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that is changed."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers by the end of their key in a file, which is their parameter's name in the layer too."""
+        return {"lora_down.weight": self.down, "lora_up.weight": self.up}
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the same update as a LoRA."""
+        return self.rank
+
+    def as_lora(self, kernel: tuple[int, ...]) -> "LoraWeights":
+        """The same update as a LoRA."""
+        return self
 
     def delta(self) -> Tensor:
         """The update of the weight at multiplier 1, fp32, in the shape of ``down`` with ``out`` rows."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return (product * (self.alpha / self.rank)).unflatten(1, self.down.shape[1:])
-
-
-@dataclass(frozen=True)
-class Dropouts:
-    """What is dropped while training.
-
-    Attributes:
-        activations: Probability of each activation of the rank.
-        ranks: Probability per sample of each component of the rank.
-        module: Probability of the whole update.
-    """
-
-    activations: float = 0.0
-    ranks: float = 0.0
-    module: float = 0.0
-
-
-NO_DROPOUT = Dropouts()
 
 
 class LoraLayer(nn.Module):
@@ -72,9 +77,7 @@ class LoraLayer(nn.Module):
     lora_down: nn.Linear | nn.Conv2d
     lora_up: nn.Linear | nn.Conv2d
 
-    def __init__(
-        self, base: nn.Linear | nn.Conv2d, *, component: str, rank: int, alpha: float, dropouts: Dropouts = NO_DROPOUT
-    ):
+    def __init__(self, base: Base, *, component: str, rank: int, alpha: float, dropouts: Dropouts = NO_DROPOUT):
         super().__init__()
         self.component = component
         self.rank = rank
@@ -83,11 +86,7 @@ class LoraLayer(nn.Module):
         self.multiplier = 1.0
         self.enabled = True
         self.lora_down, self.lora_up = _empty_pair(base, rank)
-        # Kept out of torch's registration: the base is not part of the adapter.
-        self.__dict__["base"] = base
-        self._own_forward_of_base = base.__dict__.get("forward")
-        self._base_forward = base.forward
-        base.forward = self.forward  # type: ignore[method-assign, assignment]
+        self.wrapped = WrappedForward(base, self.forward)
 
     @property
     def scale(self) -> float:
@@ -107,14 +106,19 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output with the update."""
-        output = self._base_forward(x)
-        if not self.enabled or (self.training and self._skips_module()):
+        output = self.wrapped.original(x)
+        if not self.enabled or (self.training and self.dropouts.skip_module()):
             return output
         hidden = _project(x, self.lora_down, self.lora_down.weight)
         if self.training:
             hidden = self._dropped(hidden)
         # The scale acts on the small fp32 weight, before it is rounded to the activations' type.
         return output + _project(hidden, self.lora_up, self.lora_up.weight * self.scale).to(output.dtype)
+
+    @property
+    def parts_by_rate(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters with the plain learning rate, and those to which LoRA+ gives a larger one."""
+        return list(self.lora_down.parameters()), list(self.lora_up.parameters())
 
     def weights(self) -> LoraWeights:
         """The numbers of the update."""
@@ -129,37 +133,13 @@ class LoraLayer(nn.Module):
         squared = ((up.T @ up) * (down @ down.T)).sum()
         return squared.clamp(min=0).sqrt() * (self.alpha / self.rank)
 
-    def remove(self) -> None:
-        """This gives the base layer its own ``forward`` back.
-
-        Raises:
-            ValueError: Something else has wrapped the layer since, and must go first.
-        """
-        base = self.__dict__["base"]
-        if getattr(base.__dict__.get("forward"), "__self__", None) is not self:
-            raise ValueError("the layer was wrapped again after this adapter; remove what came later first")
-        if self._own_forward_of_base is None:
-            del base.__dict__["forward"]
-        else:
-            base.__dict__["forward"] = self._own_forward_of_base
-
-    def _skips_module(self) -> bool:
-        # Drawn on the CPU, so that nobody waits for the device.
-        return self.dropouts.module > 0 and torch.rand(()).item() < self.dropouts.module
-
     def _dropped(self, hidden: Tensor) -> Tensor:
         if self.dropouts.activations:
             hidden = F.dropout(hidden, self.dropouts.activations)
-        if self.dropouts.ranks:
-            sizes = [1] * hidden.ndim
-            sizes[0] = hidden.shape[0]
-            sizes[1 if isinstance(self.lora_down, nn.Conv2d) else -1] = self.rank
-            kept = torch.rand(sizes, device=hidden.device) >= self.dropouts.ranks
-            hidden = hidden * (kept / (1 - self.dropouts.ranks)).to(hidden.dtype)
-        return hidden
+        return self.dropouts.drop_channels(hidden, 1 if isinstance(self.lora_down, nn.Conv2d) else -1)
 
 
-def _empty_pair(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[Any, Any]:
+def _empty_pair(base: Base, rank: int) -> tuple[Any, Any]:
     """``down`` and ``up`` in fp32 on the base's device, without values, and without touching torch's generators."""
     device, skip_init = base.weight.device, torch.nn.utils.skip_init
     if isinstance(base, nn.Linear):
@@ -167,8 +147,7 @@ def _empty_pair(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[Any, Any]:
             skip_init(nn.Linear, base.in_features, rank, bias=False, device=device, dtype=torch.float32),
             skip_init(nn.Linear, rank, base.out_features, bias=False, device=device, dtype=torch.float32),
         )
-    if base.groups != 1 or base.padding_mode != "zeros":
-        raise ValueError(f"convolutions with groups or {base.padding_mode} padding can't get an adapter: {base}")
+    layer_size(base)  # refuses what can't have an update
     geometry = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
     common = {"bias": False, "device": device, "dtype": torch.float32}
     return (

@@ -4,35 +4,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from library.config.errors import ConfigError, nearest_name
-from library.config.network import NetworkConfig, split_network_args
+from library.config.network import METHODS, TRUE_TEXTS, NetworkConfig, split_network_args
 from library.records import AdapterTargets
 
-_RANKS_BY_HAND = ("conv_dim", "conv_alpha", "emb_dims", "train_block_indices")
-_OWN_NAMES = (
+_RANKS_BY_HAND = (
     "conv_dim",
     "conv_alpha",
+    "emb_dims",
     "train_block_indices",
-    "dropout",
-    "rank_dropout",
-    "module_dropout",
-    "loraplus_lr_ratio",
-    "loraplus_unet_lr_ratio",
-    "loraplus_text_encoder_lr_ratio",
+    "factor",
+    "decompose_both",
+    "full_matrix",
 )
-_TRUE = ("true", "1", "yes", "on", "y", "t")
+_OF_ALL = ("conv_dim", "conv_alpha", "train_block_indices", "rank_dropout", "module_dropout")
+_OF_METHOD: Mapping[str, tuple[str, ...]] = {
+    "lora": ("dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+    "lokr": ("factor", "decompose_both", "full_matrix"),
+    "loha": (),
+}
+_WHY_NOT_OURS = {
+    "dropout": "its update has no inner activations to drop; use rank_dropout or module_dropout",
+    "loraplus_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
+    "loraplus_unet_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
+    "loraplus_text_encoder_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
+    "factor": "only a LoKr's update is cut into a Kronecker product",
+    "decompose_both": "only a LoKr's update is cut into a Kronecker product",
+    "full_matrix": "only a LoKr's factors can be whole",
+}
 _FALSE = ("false", "0", "no", "off", "n", "f")
 _REFUSED = {
     "split_qkv": "the fused qkv layer takes one update, which at three times the rank can be any three separate ones. "
     "Raise the rank (x_attn_dim, context_attn_dim) or remove it",
     "verbose": "what the adapter changes is logged in any case. Remove it",
+    **{
+        name: f"{meaning}. Remove it"
+        for name, meaning in {
+            "preset": "the layers are this model's own, as LyCORIS's presets know neither Stable Diffusion 3 nor Sana; "
+            "ranks by type of layer (0 leaves one out) and train_block_indices choose among them",
+            "use_tucker": "there is no Tucker decomposition, which is for convolutions with kernels larger than 1",
+            "use_cp": "there is no Tucker decomposition, which is for convolutions with kernels larger than 1",
+            "use_scalar": "updates start at zero without a scalar",
+            "dora_wd": "DoRA can't be trained",
+            "weight_decompose": "DoRA can't be trained",
+            "wd_on_output": "DoRA can't be trained",
+            "rs_lora": "the strength is alpha / rank; give an alpha of the rank's square root times what you mean",
+            "train_norm": "norms have no weights that an adapter could change",
+            "bypass_mode": "a LoKr never makes its product, and a LoHa always does",
+            "unbalanced_factorization": "both sides are cut by the same rule",
+            "rank_dropout_scale": "what rank_dropout keeps is scaled up in any case",
+            "block_size": "DyLoRA can't be trained",
+            "constraint": "OFT can't be trained",
+            "rescaled": "OFT can't be trained",
+        }.items()
+    },
 }
+_HARMLESS = {
+    "split_qkv": _FALSE,
+    "preset": ("full", "full-lin"),
+    **{name: _FALSE for name in ("use_tucker", "use_cp", "use_scalar", "dora_wd", "weight_decompose", "rs_lora")},
+    **{name: _FALSE for name in ("train_norm", "bypass_mode", "unbalanced_factorization")},
+}
+"""Values that say what happens anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """How large the adapter is, where it goes and what is dropped while it trains.
+    """Which kind the adapter is, how large, where it goes and what is dropped while it trains.
 
     Attributes:
+        method: ``lora``, ``lokr`` or ``loha``.
         rank: Of layers that nothing else is said about.
         alpha: The update is multiplied by alpha / rank; 0 means alpha = rank.
         conv_rank: Rank of convolutions with kernels larger than 1; None leaves them out.
@@ -44,10 +84,15 @@ class LoraSettings:
         dropout: Probability of dropping an activation of the rank.
         rank_dropout: Probability per sample of dropping a component of the rank.
         module_dropout: Probability of skipping a layer's update.
+        factor: LoKr's: what one side of the Kronecker product should be; -1 makes both as equal as can be.
+        type_factors: Name of a layer type -> its own factor.
+        decompose_both: LoKr's: whether the first factor may be a product of two matrices too.
+        full_matrix: LoKr's: whether both factors are whole whatever the rank.
         loraplus_unet_lr_ratio: Learning rate of ``up`` over that of ``down`` in the denoiser (LoRA+).
         loraplus_text_encoder_lr_ratio: The same in the text encoders.
     """
 
+    method: str = "lora"
     rank: int
     alpha: float
     conv_rank: int | None = None
@@ -59,8 +104,17 @@ class LoraSettings:
     dropout: float = 0.0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    factor: int = -1
+    type_factors: Mapping[str, int] = field(default_factory=dict)
+    decompose_both: bool = False
+    full_matrix: bool = False
     loraplus_unet_lr_ratio: float = 1.0
     loraplus_text_encoder_lr_ratio: float = 1.0
+
+
+def factor_name(type_name: str) -> str:
+    """The ``--network_args`` name of a layer type's LoKr factor: ``x_attn_factor`` for ``x_attn_dim``."""
+    return type_name.removesuffix("_dim") + "_factor"
 
 
 def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets]) -> LoraSettings:
@@ -74,12 +128,19 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         ConfigError: A name is unknown, a value is unusable, or two contradict each other.
     """
     arguments = dict(split_network_args(network.network_args))
+    method = network.method
+    arguments.pop("algo", None)
     types = {name for targets_of in targets.values() for name in targets_of.dims}
+    factors = {factor_name(name): name for name in types} if method == "lokr" else {}
     switches = {targets_of.enabled_by for targets_of in targets.values() if targets_of.enabled_by}
     optional = max((len(targets_of.optional) for targets_of in targets.values()), default=0)
-    _check_names(arguments, {*types, *switches, *_OWN_NAMES, *(["emb_dims"] if optional else [])})
+    known = {*types, *factors, *switches, *_OF_ALL, *_OF_METHOD[method], *(["emb_dims"] if optional else [])}
+    _check_names(arguments, known, method)
     if network.dim_from_weights:
-        _check_ranks_come_from_file(arguments, types)
+        _check_ranks_come_from_file(arguments, {*types, *factors})
+    full_matrix = _boolean("full_matrix", arguments.get("full_matrix", "false"))
+    if full_matrix:
+        _check_whole_factors(network, arguments, types)
 
     text = arguments.get
     ratio = _number("loraplus_lr_ratio", text("loraplus_lr_ratio"), 1.0, above=0.0)
@@ -88,6 +149,7 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
     if "dropout" in arguments and network.network_dropout:
         raise ConfigError("--network_args dropout and --network_dropout mean the same; keep one")
     return LoraSettings(
+        method=method,
         rank=network.network_dim,
         alpha=network.network_alpha,
         conv_rank=_rank("conv_dim", arguments["conv_dim"]) if "conv_dim" in arguments else None,
@@ -95,6 +157,10 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         type_ranks={name: _rank(name, arguments[name], minimum=0) for name in sorted(types) if name in arguments},
         optional_ranks=_rank_list("emb_dims", arguments["emb_dims"], optional) if "emb_dims" in arguments else (),
         block_indices=_blocks("train_block_indices", text("train_block_indices", "all")),
+        factor=_factor("factor", text("factor", "-1")),
+        type_factors={of: _factor(name, arguments[name]) for name, of in sorted(factors.items()) if name in arguments},
+        decompose_both=_boolean("decompose_both", text("decompose_both", "false")),
+        full_matrix=full_matrix,
         switches=frozenset(name for name in switches if _boolean(name, text(name, "false"))),
         dropout=_number("dropout", text("dropout"), network.network_dropout, minimum=0.0, below=1.0),
         rank_dropout=_number("rank_dropout", text("rank_dropout"), 0.0, minimum=0.0, below=1.0),
@@ -106,10 +172,15 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
     )
 
 
-def _check_names(arguments: Mapping[str, str], known: set[str]) -> None:
+def _check_names(arguments: Mapping[str, str], known: set[str], method: str) -> None:
     problems = []
     for name, value in arguments.items():
-        if name in known or (name == "split_qkv" and value.lower() in _FALSE):
+        if name in known or value.lower() in _HARMLESS.get(name, ()):
+            continue
+        if name in _WHY_NOT_OURS:
+            problems.append(
+                f"--network_args {name} does nothing for {METHODS[method]}: {_WHY_NOT_OURS[name]}. Remove it"
+            )
             continue
         if name in _REFUSED:
             problems.append(f"--network_args {name}={value} can't be used: {_REFUSED[name]}")
@@ -119,6 +190,31 @@ def _check_names(arguments: Mapping[str, str], known: set[str]) -> None:
         problems.append(f"--network_args: unknown name {name}; {hint}")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_whole_factors(network: NetworkConfig, arguments: Mapping[str, str], types: set[str]) -> None:
+    idle = [name for name in ("decompose_both", "conv_alpha") if name in arguments]
+    idle += [name for name in sorted(types) if arguments.get(name, "0") != "0"]
+    if idle:
+        raise ConfigError(
+            f"--network_args {idle[0]} does nothing with full_matrix=true, where factors have no rank; remove one of "
+            "the two"
+        )
+    fields = type(network).__dataclass_fields__
+    for name in ("network_dim", "network_alpha"):
+        if getattr(network, name) != fields[name].default:
+            raise ConfigError(
+                f"--{name} {getattr(network, name):g} does nothing with --network_args full_matrix=true, where factors "
+                "have no rank and strength 1; remove one of the two"
+            )
+
+
+def _factor(name: str, text: str) -> int:
+    if text == "-1":
+        return -1
+    if not text.isdecimal() or int(text) < 1:
+        raise _unexpected(name, text, "a whole number of at least 1, or -1 for factors as equal as can be")
+    return int(text)
 
 
 def _check_ranks_come_from_file(arguments: Mapping[str, str], types: set[str]) -> None:
@@ -169,9 +265,9 @@ def _rank_list(name: str, text: str, count: int) -> tuple[int, ...]:
 
 
 def _boolean(name: str, text: str) -> bool:
-    if text.lower() not in (*_TRUE, *_FALSE):
+    if text.lower() not in (*TRUE_TEXTS, *_FALSE):
         raise _unexpected(name, text, "true or false")
-    return text.lower() in _TRUE
+    return text.lower() in TRUE_TEXTS
 
 
 def _blocks(name: str, text: str) -> tuple[int, ...] | None:

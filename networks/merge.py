@@ -18,7 +18,7 @@ def merge(
     *,
     partial: bool = False,
 ) -> int:
-    """This adds adapters to the weights: W + sum of multiplier * alpha / rank * up @ down.
+    """This adds adapters to the weights: W + sum of multiplier * update.
 
     The sum is made in fp32 and rounded to the weights' own type once.
 
@@ -33,7 +33,7 @@ def merge(
         How many layers changed.
 
     Raises:
-        ConfigError: A file is not a LoRA for this model, or changes components that aren't in ``roots``.
+        ConfigError: A file is not an adapter for this model, or changes components that aren't in ``roots``.
     """
     strengths = (*multipliers, *[1.0] * (len(files) - len(multipliers)))
     layers = layers_by_name(roots, targets)
@@ -42,7 +42,7 @@ def merge(
         weights = read_adapter(path, targets)
         for layer in match_layers(weights, layers, roots, targets, path, partial=partial):
             base = layer.base.weight
-            delta = weights[layer.name].delta().to(base.device)
+            delta = weights[layer.name].delta().to(base.device).reshape(base.shape)
             sums[layer.name] = sums.get(layer.name, base.float()) + strength * delta
     for name, weight in sums.items():
         layers[name].base.weight.copy_(weight)

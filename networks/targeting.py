@@ -10,7 +10,7 @@ from library.config.errors import ConfigError
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.records import AdapterTargets
-from networks.lora_settings import LoraSettings
+from networks.lora_settings import LoraSettings, factor_name
 
 DENOISER = "denoiser"
 DEFAULT_LEARNING_RATE = 1e-4
@@ -26,6 +26,7 @@ class TargetedLayer:
         base: The layer.
         rank: Of the update.
         alpha: Of the update; 0 means the rank.
+        factor: LoKr's: what one side of the Kronecker product should be; -1 makes both as equal as can be.
     """
 
     name: str
@@ -33,6 +34,7 @@ class TargetedLayer:
     base: nn.Linear | nn.Conv2d
     rank: int
     alpha: float
+    factor: int = -1
 
 
 def kohya_name(prefix: str, path: str) -> str:
@@ -135,9 +137,11 @@ def select_layers(
     layers = []
     for name, component, path, module in all_layers(roots, targets):
         rank, alpha = _rank(path, module, targets[component], settings, acted)
+        factor = _factor(path, targets[component], settings, acted)
         if rank:
-            layers.append(TargetedLayer(name, component, module, rank, alpha))
-    idle = {*settings.type_ranks, *(["conv_dim"] if settings.conv_rank else [])} - acted
+            layers.append(TargetedLayer(name, component, module, rank, alpha, factor))
+    given = {*settings.type_ranks, *(factor_name(name) for name in settings.type_factors)}
+    idle = {*given, *(["conv_dim"] if settings.conv_rank else [])} - acted
     if idle:
         raise ConfigError(
             f"--network_args {', '.join(sorted(idle))} does nothing: no layer that gets an adapter is of that type; "
@@ -171,6 +175,15 @@ def _rank(
         acted.add("conv_dim")
         return settings.conv_rank or 0, settings.conv_alpha
     return settings.type_ranks[types[0]] if types else settings.rank, settings.alpha
+
+
+def _factor(path: str, target: AdapterTargets, settings: LoraSettings, acted: set[str]) -> int:
+    """LoKr's factor of one layer; notes in ``acted`` which settings applied."""
+    for name, factor in settings.type_factors.items():
+        if _matches(path, target.dims.get(name, ())):
+            acted.add(factor_name(name))
+            return factor
+    return settings.factor
 
 
 def _matches(path: str, globs: Sequence[str]) -> bool:

@@ -24,6 +24,7 @@ from library.config.unsupported import REASONS, RENAMED
 from library.families import FAMILIES, family_options
 from library.io.atomic import write_text
 from tools.simpletuner_data import Datasets, translate_backends
+from tools.simpletuner_lycoris import translate_lycoris
 
 _OPTIMIZERS = {
     "adamw_bf16": "AdamW",
@@ -50,9 +51,20 @@ _PROMPT_KEYS = (
     "validation_negative_prompt",
     "validation_seed",
     "num_validation_images",
+    "validation_preview",
+    "validation_preview_steps",
 )
-_ANSWERED = ("model_type", "model_family", "data_backend_config", "instance_prompt", *_PROMPT_KEYS)
+_ANSWERED = (
+    "model_type",
+    "model_family",
+    "data_backend_config",
+    "instance_prompt",
+    "lora_type",
+    "lycoris_config",
+    *_PROMPT_KEYS,
+)
 _VALIDATION_STEPS = 100
+_LYCORIS_FILE = "config/lycoris_config.json"
 _BY_DEFAULT = "what SimpleTuner does by default"
 _LIBRARY_OF_HOSTED_MODELS = "a name on the Hugging Face Hub; fetch it (hf download) and put the folder here"
 
@@ -98,7 +110,7 @@ def import_configuration(config_path: Path, data_path: str | None, output_dir: P
     """
     config = {str(key).lstrip("-"): value for key, value in _read_json(config_path, dict).items()}
     backends = _read_json(_data_file(config_path, data_path or config.get("data_backend_config")), list)
-    translation = translate_config(config)
+    translation = translate_config(config, config_path.parent)
     datasets = translate_backends(backends, adapters=translation.script.endswith("_network.py"))
     if not datasets.tables:
         raise ConfigError(
@@ -119,6 +131,8 @@ def import_configuration(config_path: Path, data_path: str | None, output_dir: P
             if not {"sample_every_n_steps", "sample_every_n_epochs"} & set(translation.values):
                 translation.values["sample_every_n_steps"] = _VALIDATION_STEPS
                 translation.notes.append(f"sample_every_n_steps = {_VALIDATION_STEPS}: {_BY_DEFAULT}")
+            if str(config.get("validation_preview", "")).lower() == "true":
+                translation.values["preview_every"] = config.get("validation_preview_steps", 1)
             yield f"wrote {output_dir / 'prompts.txt'}: {len(prompts)} prompts"
         write_text(dataset_file, dataset_toml(datasets))
         write_text(run_file, run_toml(translation))
@@ -135,8 +149,12 @@ def import_configuration(config_path: Path, data_path: str | None, output_dir: P
     yield f"try it: python {translation.script} --config_file {run_file} --dry_run"
 
 
-def translate_config(config: Mapping[str, Any]) -> Translation:
+def translate_config(config: Mapping[str, Any], folder: Path = Path()) -> Translation:
     """This turns the options of ``config.json``, without their dashes, into ours.
+
+    Args:
+        config: The options.
+        folder: Where the file is, for others that it names.
 
     Raises:
         ConfigError: The model is none that is trained here.
@@ -160,8 +178,6 @@ def translate_config(config: Mapping[str, Any]) -> Translation:
             continue
         elif key == "resume_from_checkpoint":
             result.left_out.append(f"{key} {value}: states of SimpleTuner can't be resumed; --resume takes ours")
-        elif key == "lora_type":
-            _lora_type(str(value), result)
         elif name is None:
             if value is False or value in _NO_CHANGE:
                 continue  # off there, and not there here
@@ -170,6 +186,8 @@ def translate_config(config: Mapping[str, Any]) -> Translation:
         else:
             _add(options[name], name, key, value, result)
     _average(config, result)
+    if adapters:
+        _lycoris(config, folder, family, result)
     _settle(config, family, adapters, options, result)
     return result
 
@@ -206,12 +224,24 @@ def _optimizer(value: str, result: Translation) -> None:
         result.notes.append(f"optimizer {value} is {name} here")
 
 
-def _lora_type(value: str, result: Translation) -> None:
-    if value == "lycoris":
-        result.values["network_module"] = "lycoris.kohya"
-        result.notes.append("lora_type lycoris: give its settings by --network_args algo=lokr factor=16 ...")
-    elif value != "standard":
-        result.left_out.append(f"lora_type {value}: an ordinary LoRA is trained")
+def _lycoris(config: Mapping[str, Any], folder: Path, family: str, result: Translation) -> None:
+    """Writes down the adapter's settings where SimpleTuner takes them from LyCORIS's file instead of from options."""
+    kind, named = config.get("lora_type", "standard"), config.get("lycoris_config") or _LYCORIS_FILE
+    if kind != "lycoris":
+        if kind != "standard":
+            result.left_out.append(f"lora_type {kind}: an ordinary LoRA is trained")
+        if config.get("lycoris_config"):
+            result.left_out.append(f"lycoris_config {named}: lora_type isn't lycoris")
+        return
+    path = _found(named, folder)
+    if path is None:
+        raise ConfigError(f"lycoris_config {named}: no such file, and lora_type is lycoris")
+    lycoris = translate_lycoris(_read_json(path, dict), family)
+    for name in ("network_dim", "network_alpha"):
+        result.values.pop(name, None)
+    result.values |= lycoris.values
+    result.left_out += lycoris.left_out
+    result.notes.append(f"lycoris_config {named}: network_args {' '.join(lycoris.values['network_args'])}")
 
 
 def _average(config: Mapping[str, Any], result: Translation) -> None:
@@ -245,8 +275,9 @@ def _settle(
         defaults["training_shift"] = 3.0
     if family == "sd3":
         defaults["t5xxl_max_token_length"] = 154
-    if adapters:
+    if adapters and "full_matrix=true" not in values.get("network_args", ()):
         defaults |= {"network_dim": 16, "network_alpha": float(values.get("network_dim", 16))}
+    if adapters:
         defaults["network_train_unet_only"] = True
     caches_latents = not config.get("vae_cache_disable") and not config.get("vae_cache_ondemand")
     defaults |= {"cache_latents_to_disk": caches_latents, "cache_text_encoder_outputs_to_disk": True}
@@ -260,8 +291,7 @@ def _prompts(config: Mapping[str, Any], folder: Path, result: Translation) -> It
     """The lines of the prompt file: every prompt at every validation resolution."""
     texts = [config["validation_prompt"]] if config.get("validation_prompt") else []
     if library := config.get("user_prompt_library"):
-        places = [Path(library), folder / library, folder.parent / library]
-        found = next((path for path in places if path.is_file()), None)
+        found = _found(library, folder)
         if found is None:
             result.left_out.append(f"user_prompt_library {library}: no such file; add its prompts to prompts.txt")
         else:
@@ -305,8 +335,13 @@ def run_toml(translation: Translation) -> str:
 def _data_file(config_path: Path, named: str | None) -> Path:
     if named is None:
         return config_path.with_name("multidatabackend.json")
-    places = [Path(named), config_path.parent / named, config_path.parent.parent / named]
-    return next((path for path in places if path.is_file()), Path(named))
+    return _found(named, config_path.parent) or Path(named)
+
+
+def _found(named: str, folder: Path) -> Path | None:
+    """A file that a configuration in ``folder`` names: as it stands, from the folder, or from the one above it."""
+    places = (Path(named), folder / named, folder.parent / named)
+    return next((path for path in places if path.is_file()), None)
 
 
 def _read_json(path: Path, kind: type[dict] | type[list]) -> Any:

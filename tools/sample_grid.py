@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.config.errors import ConfigError
 
-NAME = re.compile(r"(?P<run>.+)_(?P<label>e?\d{6})_(?P<index>\d{2})_(?P<seed>\d+)\.png")
+NAME = re.compile(r"(?P<run>.+)_(?P<label>e?\d{6})_(?P<index>\d{2,})_(?:(?P<name>.+)_)?(?P<seed>\d+)\.png")
 
 
 def arrange(folder: Path, run: str | None, *, every: bool) -> tuple[list[list[Path]], list[str]]:

@@ -5,31 +5,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.errors import ConfigError
+from library.config.errors import ConfigError, nearest_name
 from library.config.optimizer import OptimizerConfig
 from library.config.options import option
 
 SAVE_FORMATS = ("kohya", "diffusers", "both")
 
+METHODS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+"""Kinds of adapters: name in the code -> for people."""
+
+TRUE_TEXTS = ("true", "1", "yes", "on", "y", "t")
+LYCORIS = "lycoris.kohya"
+_MODULES = {f"networks.{method}": method for method in METHODS}
+_ALGORITHMS = {"lora": "lora", "locon": "lora", "lokr": "lokr", "loha": "loha"}
 _OTHER_METHODS = {
     "networks.lora_fa": "LoRA-FA",
     "networks.dylora": "DyLoRA",
     "networks.oft": "OFT",
     "networks.oft_flux": "OFT",
-    "networks.loha": "LoHa",
-    "networks.lokr": "LoKr",
     "networks.control_net_lllite": "ControlNet-LLLite",
-    "lycoris.kohya": "LyCORIS",
 }
 
 
 def parse_network_module(value: Any) -> str:
-    """This accepts our LoRA under any of the names that kohya's scripts give theirs, one per model."""
+    """This accepts our kinds under any of the names that other trainers give theirs."""
     name = str(value)
+    usable = ", ".join(_MODULES)
     if name in _OTHER_METHODS:
-        raise ValueError(f"{_OTHER_METHODS[name]} ({name}) can't be trained yet; networks.lora can")
-    if name != "networks.lora" and not name.startswith("networks.lora_"):
-        raise ValueError(f"{name!r} can't be used; the adapter that works is networks.lora")
+        raise ValueError(f"{_OTHER_METHODS[name]} ({name}) can't be trained; {usable} can")
+    if name not in _MODULES and name != LYCORIS and not name.startswith("networks.lora_"):
+        raise ValueError(f"{name!r} can't be used; those that work are {usable}, and {LYCORIS} for the last two")
     return name
 
 
@@ -40,7 +45,8 @@ class NetworkConfig:
     network_module: str = option(
         "networks.lora",
         "The kind of adapter. networks.lora is LoRA, for every model; kohya's names for it (networks.lora_sd3, "
-        "networks.lora_flux, ...) mean the same.",
+        "networks.lora_flux, ...) mean the same. networks.lokr is LoKr and networks.loha LoHa; lycoris.kohya with "
+        "--network_args algo=lokr or algo=loha means the same.",
         parse=parse_network_module,
         metavar="NAME",
         metadata_key="ss_network_module",
@@ -54,17 +60,17 @@ class NetworkConfig:
     )
     network_dropout: float = option(
         0.0,
-        "Probability that each of the adapter's inner activations is dropped in training.",
+        "Probability that each of the adapter's inner activations is dropped in training. LoRA only.",
         minimum=0,
         metadata_key="ss_network_dropout",
     )
     network_args: tuple[str, ...] = option(
         (),
         "More settings of the adapter as key=value: rank_dropout, module_dropout, conv_dim, conv_alpha, "
-        "train_block_indices=0,3-7, loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio, and the "
-        "model's own. SD3 has context_attn_dim, context_mlp_dim, context_mod_dim, x_attn_dim, x_mlp_dim, x_mod_dim "
-        "(ranks by type of layer, 0 leaves a type out), emb_dims=[context,t,x,y,final_mod,final_linear] and "
-        "train_t5xxl=true.",
+        "train_block_indices=0,3-7; LoRA's loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio; "
+        "LoKr's factor, decompose_both, full_matrix; and the model's own. SD3 has context_attn_dim, context_mlp_dim, "
+        "context_mod_dim, x_attn_dim, x_mlp_dim, x_mod_dim (ranks by type of layer, 0 leaves a type out; for LoKr "
+        "context_attn_factor and so on too), emb_dims=[context,t,x,y,final_mod,final_linear] and train_t5xxl=true.",
         metavar="KEY=VALUE",
     )
     network_weights: str | None = option(
@@ -94,7 +100,7 @@ class NetworkConfig:
     save_format: str = option(
         "kohya",
         "Spelling of the saved adapter: kohya is read by ComfyUI and most other programs, diffusers by diffusers' "
-        "load_lora_weights; both writes two files.",
+        "load_lora_weights; both writes two files. A LoKr or LoHa is written for diffusers as the LoRA that it equals.",
         choices=SAVE_FORMATS,
     )
 
@@ -105,9 +111,21 @@ class NetworkConfig:
         return (*self.base_weights_multiplier, *[1.0] * missing)
 
     @property
+    def method(self) -> str:
+        """The kind of adapter: a name in ``METHODS``."""
+        if self.network_module == LYCORIS:
+            return _ALGORITHMS[self._algorithm]
+        return _MODULES.get(self.network_module, "lora")
+
+    @property
+    def _algorithm(self) -> str:
+        return dict(split_network_args(self.network_args)).get("algo", "lora").lower()
+
+    @property
     def idle_options(self) -> tuple[str, ...]:
         """The options that don't act, and so stand in no saved file."""
-        idle = ("network_dim", "network_alpha") if self.dim_from_weights else ()
+        whole = dict(split_network_args(self.network_args)).get("full_matrix", "").lower() in TRUE_TEXTS
+        idle = ("network_dim", "network_alpha") if self.dim_from_weights or whole else ()
         return idle if self.network_dropout else (*idle, "network_dropout")
 
     @property
@@ -131,11 +149,29 @@ class NetworkConfig:
         except ValueError as error:
             problems.append(f"--network_module: {error}")
         try:
-            split_network_args(self.network_args)
+            problems += self._method_problems()
         except ConfigError as error:
             problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def _method_problems(self) -> list[str]:
+        arguments = dict(split_network_args(self.network_args))
+        if "algo" in arguments and self.network_module != LYCORIS:
+            return [
+                f"--network_args algo={arguments['algo']} goes with --network_module {LYCORIS}; with "
+                f"{self.network_module} it does nothing, so remove it or change the module"
+            ]
+        if self.network_module == LYCORIS and self._algorithm not in _ALGORITHMS:
+            near = nearest_name(self._algorithm, _ALGORITHMS)
+            hint = f"did you mean {near}?" if near else f"{', '.join(_ALGORITHMS)} can"
+            return [f"--network_args algo={arguments['algo']} can't be trained; {hint}"]
+        if self.network_dropout and self.method != "lora":
+            return [
+                f"--network_dropout {self.network_dropout} does nothing for {METHODS[self.method]}: its update has no "
+                "inner activations to drop. Use --network_args rank_dropout or module_dropout, or remove it"
+            ]
+        return []
 
     def _starting_point_problems(self) -> list[str]:
         if not self.dim_from_weights:

@@ -23,7 +23,7 @@ from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
 from library.config.pictures import PictureConfig
-from library.config.sampling import SamplingConfig, skip_layer_problems
+from library.config.sampling import SamplingConfig, sampling_defaults, skip_layer_problems
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
 from library.config.urls import is_remote
@@ -157,13 +157,16 @@ class RunConfig:
         """
         changed: dict[str, Any] = {}
         sources = dict(self.provenance)
+        trained = {name: (own, f"was trained with {own:g}") for name, own in description.defaults.items()}
+        sampled = {name: (own, "is published with it") for name, own in sampling_defaults(description.sampling).items()}
+        defaults = trained | sampled
         for declared, value in option_values(self):
             group = changed.get(declared.group, getattr(self, declared.group))
             idle = getattr(group, "idle_options", ())
-            if value is None and declared.name in description.defaults and declared.name not in idle:
-                own = description.defaults[declared.name]
+            if value is None and declared.name in defaults and declared.name not in idle:
+                own, reason = defaults[declared.name]
                 changed[declared.group] = dataclasses.replace(group, **{declared.name: own})
-                sources[declared.name] = f"{DERIVED}: {description.title} was trained with {own:g}"
+                sources[declared.name] = f"{DERIVED}: {description.title} {reason}"
         return dataclasses.replace(self, provenance=sources, **changed)
 
     def model_problems(self, description: ModelDescription) -> list[str]:

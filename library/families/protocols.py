@@ -52,6 +52,10 @@ class TextEncodingStrategy(Protocol):
         """
         ...
 
+    def for_negatives(self) -> "TextEncodingStrategy":
+        """The strategy for negative prompts, with a signature of its own if it reads them in another way."""
+        ...
+
 
 class LatentCachingStrategy(Protocol):
     """Pixels to latents."""

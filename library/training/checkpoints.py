@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.config.saving import SavingConfig
-from library.io.atomic import fsync_directory
+from library.io.atomic import atomic_folder
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
 from library.training.ema import WeightAverage
@@ -104,32 +104,25 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
         return None
     refuse_non_finite_weights(run, done)
     target = Path(run.config.saving.output_dir) / f"{stem}-state"
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
-    save_tensors(tensors, partial / TRAINABLE, {})
-    torch.save(_optimizer_state(run), partial / OPTIMIZER)
-    files = [TRAINABLE, OPTIMIZER]
-    if run.average is not None:
-        save_tensors(run.average.tensors(), partial / AVERAGE, {"updates": str(run.average.updates)})
-        files.append(AVERAGE)
-    progress = {
-        "format": STATE_FORMAT,
-        "step": done,
-        "seed": run.seed,
-        "plan": run.plan.fingerprint(),
-        "steps_per_epoch": run.plan.steps_per_epoch,
-        "history": run.history.state(),
-        "settings": run.config.as_dict(),
-        "checksums": {name: _checksum(partial / name) for name in files},
-    }
-    (partial / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
-    for name in (OPTIMIZER, PROGRESS):
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
-    fsync_directory(partial)
-    _replace_folder(partial, target)
+    with atomic_folder(target) as folder:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
+        save_tensors(tensors, folder / TRAINABLE, {})
+        torch.save(_optimizer_state(run), folder / OPTIMIZER)
+        files = [TRAINABLE, OPTIMIZER]
+        if run.average is not None:
+            save_tensors(run.average.tensors(), folder / AVERAGE, {"updates": str(run.average.updates)})
+            files.append(AVERAGE)
+        progress = {
+            "format": STATE_FORMAT,
+            "step": done,
+            "seed": run.seed,
+            "plan": run.plan.fingerprint(),
+            "steps_per_epoch": run.plan.steps_per_epoch,
+            "history": run.history.state(),
+            "settings": run.config.as_dict(),
+            "checksums": {name: _checksum(folder / name) for name in files},
+        }
+        (folder / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
     return target
 
 
@@ -150,16 +143,6 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         for key, value in state.items()
         if isinstance(value, (int, float, str, bool, list, tuple, dict, Tensor, type(None))) and key != "lr_lambdas"
     }
-
-
-def _replace_folder(partial: Path, target: Path) -> None:
-    """Put the finished folder in its place; a folder that is there already leaves only once the new one is in place."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(partial, target)
-    fsync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _checksum(path: Path) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from library.config.sampling import SkipLayerGuidance
 from library.records import TensorRecord
-from library.sampling.pictures import encode_prompts, generate, save_picture
-from library.sampling.prompts import PromptRequest
+from library.sampling.drawing import draw
+from library.sampling.pictures import encode_prompts
+from library.sampling.previews import Previews, fit_latent_colours
+from library.sampling.prompts import PromptRequest, PromptText
 from library.training.checkpoints import (
     RAW,
     averaged_weights,
@@ -152,11 +154,12 @@ class SampleTaker:
     def __init__(
         self,
         requests: Sequence[PromptRequest],
-        texts: Mapping[str, TensorRecord] | None,
-        sampler: str,
+        texts: Mapping[PromptText, TensorRecord] | None,
         skip: SkipLayerGuidance | None,
+        preview_every: int | None = None,
     ):
-        self.requests, self.texts, self.sampler, self.skip = requests, texts, sampler, skip
+        self.requests, self.texts, self.skip, self.preview_every = requests, texts, skip, preview_every
+        self._previews: Previews | None = None
 
     def take(self, run: Run, done: int, label: str) -> list[Path]:
         """Draw this process's share of the prompts; returns the pictures' files."""
@@ -168,6 +171,8 @@ class SampleTaker:
         run.trainable.eval()
         run.vae.to(run.device)
         written = []
+        if self.preview_every is not None and self._previews is None:
+            self._previews = Previews(fit_latent_colours(run.family.latents, run.vae), self.preview_every)
         for suffix, weights in looks(run):
             with weights:
                 written += self._draw(run, f"{run.config.saving.output_name}_{label}{suffix}", folder)
@@ -184,20 +189,21 @@ class SampleTaker:
         for index, request in enumerate(self.requests):
             if index % run.accelerator.num_processes != run.accelerator.process_index:
                 continue
+            path = folder / f"{stem}_{index:02d}_{request.file_stem}.png"
             with run.accelerator.autocast():
-                image, settings = generate(
+                draw(
                     run.family,
                     run.denoiser,
                     run.vae,
                     texts,
                     request,
-                    sampler=self.sampler,
+                    path,
                     device=run.device,
                     dtype=run.weight_dtype,
                     skip=self.skip,
+                    previews=self._previews,
+                    facts={},
                 )
-            path = folder / f"{stem}_{index:02d}_{request.seed}.png"
-            save_picture(image, path, settings)
             written.append(path)
         return written
 

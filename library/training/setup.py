@@ -23,7 +23,8 @@ from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
 from library.memory.checkpointing import enable_checkpointing
-from library.sampling.prompts import PromptRequest, read_prompts
+from library.sampling.prompts import PromptRequest
+from library.sampling.requests import requested_samples
 from library.training import data as training_data
 from library.training import hooks
 from library.training.checkpoints import restore_state, resumed_progress
@@ -241,17 +242,9 @@ def resolve_seed(config: RunConfig, progress: dict[str, Any] | None, accelerator
 
 
 def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[PromptRequest]:
-    """The sample prompts; none unless something asks for samples."""
-    sampling = config.sampling
-    if not sampling.sample_prompts:
-        return []
-    return read_prompts(
-        sampling.sample_prompts,
-        native_resolution=family.description.native_resolution,
-        largest_side=family.description.largest_side,
-        resolution_step=family.latents.format.resolution_step,
-        seed=seed,
-    )
+    """The sample pictures; none unless something asks for samples."""
+    step = family.latents.format.resolution_step
+    return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed)
 
 
 def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> None:
@@ -275,9 +268,8 @@ def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side
     """What draws the samples; None when there are no prompts."""
     if not requests:
         return None
-    return hooks.SampleTaker(
-        requests, text_side.prompts, config.sampling.sample_sampler, SkipLayerGuidance.of(config.sampling)
-    )
+    skip = SkipLayerGuidance.of(config.sampling)
+    return hooks.SampleTaker(requests, text_side.prompts, skip, config.sampling.preview_every)
 
 
 def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation | None) -> list[StepHook]:

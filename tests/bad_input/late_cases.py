@@ -47,7 +47,7 @@ LATE = {
     "an adapter setting that does nothing": (
         lambda w: {"network_args": ["train_t5xxl=true"], **UNET_ONLY}, "train_t5xxl does nothing with --network_train",
     ),
-    "an adapter of nothing here": (lambda w: {"network_weights": w.sparse(FLUX)}, "is not a LoRA for this model"),
+    "an adapter of nothing here": (lambda w: {"network_weights": w.sparse(FLUX)}, "is not an adapter for this model"),
     "an adapter of another family": (
         lambda w: {"network_weights": w.lora((4, 3072), (9216, 4), layer="lora_unet_double_blocks_0_img_attn_qkv")},
         "is for another model: 1 of its 1 layers don't exist here",
@@ -109,7 +109,7 @@ GENERATE = {
         lambda w: ["--prompt", "x", "--validation_guidance_skip_layers", 3], "3: the denoiser has blocks 0 to 2",
     ),
     "folder": (lambda w: ["--prompt", "x", "--output_dir", w.file("x")], "is a file, not a folder"),
-    "adapter of nothing here": (lambda w: ["--prompt", "x", "--network_weights", w.sparse(FLUX)], "is not a LoRA for"),
+    "adapter of nothing here": (lambda w: ["--prompt", "x", "--network_weights", w.sparse(FLUX)], "is not an adapter"),
     "adapter of a wider model": (
         lambda w: ["--prompt", "x", "--network_weights", w.lora((2, 1536), (4608, 2))], "is for another model",
     ),

@@ -62,3 +62,44 @@ def test_what_can_not_be_converted(tmp_path, capsys):
     assert main([str(tmp_path / "none"), target, "--to", "kohya"]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def lokr_file(path, width, block, *, whole=False):
+    generator = torch.Generator().manual_seed(0)
+    name = f"lora_unet_joint_blocks_{block}_x_block_attn_qkv"
+    tensors = {
+        f"{name}.lokr_w1": torch.randn(16, 16, generator=generator),
+        f"{name}.lokr_w2_a": torch.randn(3 * width // 16, 2, generator=generator),
+        f"{name}.lokr_w2_b": torch.randn(2, width // 16, generator=generator),
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+    if whole:
+        tensors = {f"{name}.lokr_w1": torch.randn(16, 16), f"{name}.lokr_w2": torch.randn(3 * width // 16, width // 16)}
+    patch = "lora_unet_x_embedder_proj"
+    for part, shape in (("w1_a", (width, 2)), ("w1_b", (2, 64)), ("w2_a", (width, 2)), ("w2_b", (2, 64))):
+        tensors[f"{patch}.hada_{part}"] = torch.randn(shape, generator=generator)
+    save_file(tensors, path)
+    return tensors, name
+
+
+@pytest.mark.parametrize(("width", "block"), LAST.values(), ids=LAST)
+def test_lokr_and_loha_become_the_lora_that_they_equal(tmp_path, width, block):
+    tensors, name = lokr_file(tmp_path / "a.safetensors", width, block)
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
+    theirs = load_file(tmp_path / "b.safetensors")
+    delta = torch.kron(tensors[f"{name}.lokr_w1"], tensors[f"{name}.lokr_w2_a"] @ tensors[f"{name}.lokr_w2_b"]) / 2
+    for part, rows in zip(("to_q", "to_k", "to_v"), delta.chunk(3)):
+        key = f"transformer.transformer_blocks.{block}.attn.{part}"
+        product = theirs[f"{key}.lora_B.weight"] @ theirs[f"{key}.lora_A.weight"]
+        torch.testing.assert_close(product, rows, atol=1e-4, rtol=1e-4)
+    patch = theirs["transformer.pos_embed.proj.lora_A.weight"]
+    assert patch.shape == (4, 16, 2, 2)
+
+
+def test_whole_factors_are_refused_with_what_to_do(tmp_path, capsys):
+    lokr_file(tmp_path / "a.safetensors", 1536, 0, whole=True)
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 2
+    message = capsys.readouterr().err
+    assert "1 of its layers, such as lora_unet_joint_blocks_0_x_block_attn_qkv, have a whole second factor" in message
+    assert "ComfyUI" in message
+    assert not (tmp_path / "b.safetensors").exists()

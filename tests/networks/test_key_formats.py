@@ -168,10 +168,10 @@ def broken(change):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"model.weight": torch.zeros(2)}, "not a LoRA for this model.*model.weight.*expected lora_unet_"),
-        ({"lora_transformer_a.lora_down.weight": torch.zeros(2, 2)}, "not a LoRA for this model"),
-        ({"lora_unet_a.hada_w1_a": torch.zeros(2, 2)}, "LoHa adapter"),
-        ({"lora_unet_a.lokr_w1": torch.zeros(2, 2)}, "LoKr adapter"),
+        ({"model.weight": torch.zeros(2)}, "not an adapter for this model.*model.weight.*expected lora_unet_"),
+        ({"lora_transformer_a.lora_down.weight": torch.zeros(2, 2)}, "not an adapter for this model"),
+        ({"lora_unet_a.lokr_t2": torch.zeros(2, 2)}, "Tucker LoKr adapter"),
+        ({"transformer.a.lokr_w1": torch.zeros(2, 2)}, "LoKr or LoHa in PEFT's spelling"),
         ({"lora_unet_a.dora_scale": torch.zeros(2, 2)}, "DoRA adapter"),
         (broken(lambda t: t.pop(f"{QKV}.lora_up.weight")), "has no up weights"),
         (broken(lambda t: t.update({f"{QKV}.lora_up.weight": torch.zeros(96, 5)})), "no rank in common"),
@@ -181,7 +181,7 @@ def broken(change):
             broken(lambda t: t.update({"other_layer.lora_down.weight": torch.zeros(3, 3)})),
             "1 layers are not this model's",
         ),
-        (broken(lambda t: t.update({"strange": torch.zeros(3, 3)})), "1 keys are not a LoRA's: strange"),
+        (broken(lambda t: t.update({"strange": torch.zeros(3, 3)})), "1 keys are not an adapter's: strange"),
         (
             {"transformer.blocks.0.lora_A.weight": torch.zeros(2, 2)},
             "1 layers are not this model's: transformer.blocks.0",

@@ -252,7 +252,7 @@ def test_what_can_be_checked_before_loading(tmp_path):
         check(base_weights=(str(tmp_path / "none.safetensors"),))
     other = tmp_path / "other.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, other)
-    with pytest.raises(ConfigError, match="not a LoRA for this model"):
+    with pytest.raises(ConfigError, match="not an adapter for this model"):
         check(network_weights=str(other))
 
 

@@ -28,7 +28,7 @@ def test_kohyas_names_mean_our_lora(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["lycoris.kohya", "networks.lora_fa", "networks.dylora", "my.module", "networks.loraa"]
+    "name", ["networks.lora_fa", "networks.dylora", "my.module", "networks.loraa", "lycoris.locon"]
 )
 def test_other_modules_are_refused_and_the_message_names_what_works(name):
     with pytest.raises(ConfigError, match=r"networks\.lora"):
@@ -87,7 +87,9 @@ def test_true_in_any_usual_spelling(text):
     ("argument", "message"),
     [
         ("context_att_dim=4", "did you mean context_attn_dim"),
-        ("algo=lokr", "unknown name algo; known are"),
+        ("algo=lokr", "algo=lokr goes with --network_module lycoris.kohya; with networks.lora it does nothing"),
+        ("factor=8", "factor does nothing for LoRA"),
+        ("preset=attn-mlp", "preset=attn-mlp can't be used: the layers are this model's own"),
         ("split_qkv=True", "split_qkv=True can't be used.*three times the rank"),
         ("verbose=True", "verbose=True can't be used"),
         ("train_t5xxl=maybe", "expected true or false, got 'maybe'"),

@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from library.families.sana.adapter_targets import adapter_targets as sana_targets
+from library.families.sana.linear_dit import CONFIGS as SANA_CONFIGS
+from library.families.sana.linear_dit import LinearDiT
 from library.families.sd3.adapter_targets import adapter_targets
 from library.families.sd3.mmdit import CONFIGS, MMDiT
 from library.nn.attention import attention_function
@@ -57,6 +60,46 @@ def test_keys_and_shapes_of_the_denoisers_adapter(kind, modules, parameters):
     assert len(network.modules_by_name) == modules
     assert parameters_per_rank(network) == parameters
     assert listing(network) == (GOLDEN / f"sd3_lora_keys_{kind}.txt").read_text().splitlines()
+
+
+KINDS = {
+    "lokr": LoraSettings(method="lokr", rank=4, alpha=1.0, factor=16),
+    "lokr_full": LoraSettings(method="lokr", rank=10_000, alpha=1.0, factor=16),
+    "loha": LoraSettings(method="loha", rank=4, alpha=1.0),
+}
+
+
+def meta_adapter(model, settings):
+    if model in CONFIGS:
+        return inject({"denoiser": meta_mmdit(model)}, targets_for(CONFIGS[model]), settings)
+    config = SANA_CONFIGS[model]
+    with torch.device("meta"):
+        denoiser = LinearDiT(config, attention=attention_function("sdpa"))
+    return inject({"denoiser": denoiser}, sana_targets(depth=config.depth), settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "modules", "parameters"),
+    [
+        ("sd3.5-medium", "lokr", 263, 530_048),
+        ("sd3.5-medium", "lokr_full", 263, 8_748_800),
+        ("sd3.5-medium", "loha", 263, 14_807_040),
+        ("sana-1600m", "lokr", 140, 287_840),
+        ("sana-1600m", "lokr_full", 140, 6_111_840),
+        ("sana-1600m", "loha", 140, 8_064_000),
+    ],
+)
+def test_sizes_of_lokr_and_loha(model, kind, modules, parameters):
+    network = meta_adapter(model, KINDS[kind])
+    assert len(network.modules_by_name) == modules
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("model", ["sd3.5-medium", "sana-1600m"])
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_keys_and_shapes_of_lokr_and_loha(model, kind):
+    golden = GOLDEN / f"{'sd3' if model in CONFIGS else 'sana'}_{kind}_keys_{model}.txt"
+    assert listing(meta_adapter(model, KINDS[kind])) == golden.read_text().splitlines()
 
 
 def test_keys_and_shapes_of_the_text_encoders_adapters():

@@ -102,6 +102,70 @@ def test_a_lora_configuration_comes_through_whole(configuration, capsys):
     assert "push_to_hub" not in said and "text_encoder_1_precision" not in said
 
 
+LYCORIS = {
+    "algo": "lokr",
+    "multiplier": 1.0,
+    "linear_dim": 10000,
+    "linear_alpha": 1,
+    "factor": 16,
+    "apply_preset": {
+        "target_module": ["Attention", "FeedForward"],
+        "module_algo_map": {"Attention": {"factor": 16}, "FeedForward": {"factor": 8}},
+    },
+}
+
+
+def adapter_of(configuration, tmp_path, lycoris, **changes):
+    (tmp_path / "config").mkdir(exist_ok=True)
+    (tmp_path / "config" / "lycoris_config.json").write_text(json.dumps(lycoris))
+    assert configuration({**LORA, "lora_type": "lycoris", **changes}, [PICTURES, TEXTS]) == 0
+    config, problems = imported()
+    assert problems == []
+    return config.network
+
+
+def test_lycoris_settings_come_from_its_file(configuration, tmp_path, capsys):
+    network = adapter_of(configuration, tmp_path, LYCORIS)
+    assert (network.method, network.network_dim, network.network_alpha) == ("lokr", 10000, 1.0)
+    # SimpleTuner's rank of an ordinary LoRA doesn't act there.
+    assert network.network_args == (
+        "algo=lokr",
+        "factor=16",
+        "x_mod_dim=0",
+        "context_mod_dim=0",
+        "x_attn_factor=16",
+        "context_attn_factor=16",
+        "x_mlp_factor=8",
+        "context_mlp_factor=8",
+    )
+    assert "network_args algo=lokr factor=16" in capsys.readouterr().out
+
+    from library.families.sd3.adapter_targets import adapter_targets
+    from networks.lora_settings import read_settings
+
+    settings = read_settings(network, adapter_targets(depth=2, dual_attention_blocks=(0,)))
+    assert settings.factor == 16 and settings.type_factors["x_mlp_dim"] == 8 and settings.type_ranks["x_mod_dim"] == 0
+
+
+def test_lycoris_settings_without_counterpart_are_named(configuration, tmp_path, capsys):
+    odd = {**LYCORIS, "full_matrix": True, "multiplier": 2.0, "use_scalar": True, "dora_wd": False}
+    odd["apply_preset"] = {"target_module": ["Attention", "Lamp"], "name_algo_map": {"a": {"factor": 2}}}
+    network = adapter_of(configuration, tmp_path, odd, lycoris_config="lycoris_config.json")
+    assert "full_matrix=true" in network.network_args and "x_mlp_dim=0" in network.network_args
+    assert (network.network_dim, network.network_alpha) == (4, 1.0)  # the defaults, which don't act
+    said = capsys.readouterr().out
+    for part in ("multiplier 2.0", "use_scalar True", "target_module Lamp", "apply_preset.name_algo_map"):
+        assert f"  lycoris_config {part}" in said
+    assert "dora_wd" not in said
+
+
+def test_a_lycoris_file_that_is_missing_is_an_error(configuration, capsys):
+    assert configuration({**LORA, "lora_type": "lycoris"}, [PICTURES, TEXTS]) == 2
+    assert "config/lycoris_config.json: no such file" in capsys.readouterr().err
+    assert configuration({**LORA, "lycoris_config": "a.json"}, [PICTURES, TEXTS]) == 0
+    assert "lycoris_config a.json: lora_type isn't lycoris" in capsys.readouterr().out
+
+
 def test_every_key_is_written_or_named(configuration, capsys):
     config = {**LORA, "use_ema": True, "webhook_config": "hook.json", "seed": 7, "learning_rate": 1e-5}
     configuration(config, [PICTURES, TEXTS])
@@ -112,6 +176,22 @@ def test_every_key_is_written_or_named(configuration, capsys):
     for key in config:
         key = key.lstrip("-")
         assert key in answered | prompts or renamed.get(key, key) in run or f"  {key} " in said, key
+
+
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ({"validation_preview": "true", "validation_preview_steps": 4}, 4),
+        ({"validation_preview": True}, 1),
+        ({"validation_preview": False, "validation_preview_steps": 4}, None),
+        ({"validation_preview_steps": 4}, None),
+    ],
+)
+def test_previews_come_through_where_they_are_on(configuration, options, every):
+    assert configuration({**LORA, **options}, [PICTURES, TEXTS]) == 0
+    config, problems = imported()
+    assert problems == []
+    assert config.sampling.preview_every == every
 
 
 def test_a_moving_average_comes_through(configuration, capsys):

@@ -22,7 +22,7 @@ from library.families.sana.sizes import (
     vae_sizes,
 )
 from library.io.parts import Part
-from library.records import ModelDescription, Resolution
+from library.records import ModelDescription, Resolution, SamplingDefaults
 
 _IMPLEMENTATION = "https://github.com/NVlabs/Sana"
 _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": denoiser_sizes, "vae": vae_sizes, "gemma": gemma_sizes}
@@ -101,6 +101,7 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
         save_layouts={"safetensors": (), "diffusers": PARTS, "pth": ()},
         text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
         defaults={"training_shift": published_shift(sizes, side)},
+        sampling=SamplingDefaults(sampler="dpmpp_2m", steps=20, scale=4.5, table=f"aspect_{side}"),
     )
 
 

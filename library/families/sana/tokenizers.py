@@ -81,6 +81,11 @@ class SanaTokenizer:
         """Token ids (B, length and ``skipped``), int64, and which of them are text (the same shape), bool."""
         return self.tokenizer([self._text(caption) for caption in captions])
 
+    def without_prefix(self) -> "SanaTokenizer":
+        """The same window for captions with nothing before them."""
+        alone = dataclasses.replace(self.tokenizer, length=self.length)
+        return dataclasses.replace(self, tokenizer=alone, prefix="")
+
     def may_cut(self, caption: str) -> bool:
         """Whether the caption may be too long for the window, told without reading it: False is certain."""
         return self._narrower.may_cut(caption)
