@@ -154,7 +154,7 @@ class RunConfig:
             if value is None and declared.name in description.defaults and declared.name not in idle:
                 own = description.defaults[declared.name]
                 changed[declared.group] = dataclasses.replace(group, **{declared.name: own})
-                sources[declared.name] = f"{DERIVED}: {description.title} was trained with {own:g}"
+                sources[declared.name] = f"{DERIVED}: the default of {description.title} is {own:g}"
         return dataclasses.replace(self, provenance=sources, **changed)
 
     def model_problems(self, description: ModelDescription) -> list[str]:

@@ -26,6 +26,8 @@ from library.records import ModelDescription, Resolution
 _IMPLEMENTATION = "https://github.com/NVlabs/Sana"
 _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": denoiser_sizes, "vae": vae_sizes, "gemma": gemma_sizes}
 _SHIFT, _SMALL_SHIFT, _LARGEST_SHIFT = 3.0, 4.0, 6.0
+_LEARNING_RATE = 1e-5
+"""Of a full fine-tune; adapters have their own. A tenth of the published pre-training's."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
         implementation=_IMPLEMENTATION,
         blocks=sizes.depth,
         text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
-        defaults={"training_shift": published_shift(sizes, side)},
+        defaults={"training_shift": published_shift(sizes, side), "learning_rate": _LEARNING_RATE},
     )
 
 

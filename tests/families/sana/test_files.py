@@ -136,7 +136,7 @@ def test_a_damaged_configuration_says_nothing(tmp_path, parts):
 )
 def test_the_published_shift(tmp_path, parts, kind, size, shift):
     files, options = found(write_sparse(tmp_path / "s.safetensors", published(kind)), parts, sana_image_size=size)
-    assert describe(files, options).defaults == {"training_shift": shift}
+    assert describe(files, options).defaults == {"training_shift": shift, "learning_rate": 1e-5}
 
 
 @pytest.mark.parametrize(
