@@ -2,6 +2,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,8 +80,7 @@ def asked_timestep(family, sigma):
 
 def published_table(shift):
     """The discrete schedule: noise levels, and the timesteps that the network is told."""
-    beta = torch.linspace(1.0, 0.001, 1000, dtype=torch.float64)
-    base = 1 - beta
+    base = torch.from_numpy(1 - np.linspace(1.0, 0.001, 1000))  # torch.linspace rounds its second half differently
     sigma = shift * base / (1 + (shift - 1) * base)
     return sigma, (sigma * 1000).to(torch.int64)
 
