@@ -57,8 +57,8 @@ def _run(family: str, arguments: Sequence[str], script: str, *, network: bool) -
     groups = training_groups(options, network=network)
     command_line = read_command_line(groups, arguments, refusals=refused_options(family))
     if command_line.invocation.help:
-        job = "Adapters (LoRA and others)" if network else "Full fine-tuning"
-        print(help_text(groups, program=script, description=f"{job} on {options.TITLE}."), end="")
+        job = "Adapters (LoRA and others) on" if network else "Full fine-tuning of"
+        print(help_text(groups, program=script, description=f"{job} {options.TITLE}."), end="")
         return 0
     if command_line.invocation.version:
         print(f"atelier {VERSION}")

@@ -55,8 +55,8 @@ REASONS: dict[str, str] = {
     "zero3_save_16bit_model": _SHARDING,
     "fp16_master_weights_and_gradients": _SHARDING,
     # SimpleTuner's
-    "model_type": "the script says it: <model>_train_network.py trains adapters",
-    "model_family": "the script says it: sd3_train_network.py is for Stable Diffusion 3 and 3.5",
+    "model_type": "the script says it: <model>_train_network.py trains adapters, <model>_train.py the model itself",
+    "model_family": "the script says it: sd3_... is for Stable Diffusion 3 and 3.5, sana_... for Sana",
     "base_model_precision": _QUANTISED,
     "text_encoder_1_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",

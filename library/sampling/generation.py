@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def _check_adapters(paths: Sequence[str], family: ModelFamily) -> None:
     """
     if not paths:
         return
-    meta = {"device": "meta", "dtype": torch.float32}
+    meta: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
     roots = {"denoiser": family.load_denoiser(**meta), **family.load_text_encoders(**meta)}
     layers = layers_by_name(roots, family.adapter_targets)
     for path in paths:

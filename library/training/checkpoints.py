@@ -18,7 +18,6 @@ from library.config.saving import SavingConfig
 from library.io.atomic import fsync_directory
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
-from library.training.metadata import checkpoint_metadata
 from library.training.optimizers import load_optimizer_state, set_training_mode
 from library.training.run import Run
 
@@ -38,23 +37,13 @@ def epoch_name(config: SavingConfig, epoch: int) -> str:
 
 
 def save_weights(run: Run, stem: str, done: int) -> list[Path]:
-    """Write the trained weights in every format that was asked for; returns the files."""
+    """Write the trained weights in every format that was asked for; returns the files and folders."""
     if not run.accelerator.is_main_process:
         return []
     refuse_non_finite_weights(run, done)
-    saving, network = run.config.saving, run.config.network
-    assert network is not None
-    dtype = _DTYPES[saving.save_precision] if saving.save_precision else None
+    precision = run.config.saving.save_precision
     with averaged_weights(run):
-        files = run.trainable.files(network.save_format)
-        written = []
-        for suffix, (tensors, format_metadata) in files.items():
-            path = Path(saving.output_dir) / f"{stem}{suffix}.safetensors"
-            tensors = {name: _for_saving(tensor, dtype) for name, tensor in tensors.items()}
-            metadata = {**checkpoint_metadata(run, done, tensors), **format_metadata}
-            save_tensors(tensors, path, metadata)
-            written.append(path)
-    return written
+        return list(run.job.save(run, stem, done, _DTYPES[precision] if precision else None))
 
 
 def refuse_non_finite_weights(run: Run, done: int) -> None:
@@ -68,10 +57,6 @@ def refuse_non_finite_weights(run: Run, done: int) -> None:
             raise ConfigError(
                 f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"
             )
-
-
-def _for_saving(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
 
 @contextlib.contextmanager
@@ -188,7 +173,7 @@ def read_progress(folder: str) -> dict[str, Any]:
 
 def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     """Put the weights, the optimizer, the schedule and the losses back to where the state was saved."""
-    refuse_other_adapter(folder, run.trainable)
+    refuse_other_weights(folder, run.trainable)
     run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -204,19 +189,19 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     run.history.restore(progress["history"])
 
 
-def refuse_other_adapter(folder: str, trainable: nn.Module) -> None:
-    """Compare a run state's adapter with this run's, from its header alone.
+def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
+    """Compare the trained weights of a run state with this run's, from its header alone.
 
     Raises:
-        ConfigError: They have other layers or sizes.
+        ConfigError: They are of other layers or sizes.
     """
     saved = read_header(Path(folder) / TRAINABLE).shapes
     own = {name: tuple(tensor.shape) for name, tensor in trainable.state_dict().items()}
     differing = [name for name in sorted(set(saved) | set(own)) if saved.get(name) != own.get(name)]
     if differing:
         raise ConfigError(
-            f"--resume {folder}: its adapter is another than this configuration's, {len(differing)} tensors differ, "
-            f"first {differing[0]}; use the options that the state was saved with"
+            f"--resume {folder}: what it trains is something else than in this configuration, {len(differing)} tensors "
+            f"differ, first {differing[0]}; use the options that the state was saved with"
         )
 
 
@@ -227,9 +212,10 @@ def remove_old(run: Run, done: int) -> None:
     saving = run.config.saving
     stem = re.escape(saving.output_name)
     epoch = run.plan.epoch_of(done)  # counted from 0: so many are complete
+    written = r"(_diffusers)?(\.safetensors|\.pth|)"  # without an ending: a folder
     limits = (
-        (rf"{stem}-step(\d{{8}})(_diffusers)?\.safetensors", saving.save_last_n_steps, done),
-        (rf"{stem}-(\d{{6}})(_diffusers)?\.safetensors", saving.save_last_n_epochs, epoch),
+        (rf"{stem}-step(\d{{8}}){written}", saving.save_last_n_steps, done),
+        (rf"{stem}-(\d{{6}}){written}", saving.save_last_n_epochs, epoch),
         (rf"{stem}-step(\d{{8}})-state", saving.save_last_n_steps_state or saving.save_last_n_steps, done),
         (rf"{stem}-(\d{{6}})-state", saving.save_last_n_epochs_state or saving.save_last_n_epochs, epoch),
     )

@@ -67,16 +67,22 @@ def prepare_text(
     requests: Sequence[PromptRequest],
     precision: Precision,
     accelerator: Accelerator,
+    *,
+    trained: Mapping[str, torch.dtype] | None = None,
 ) -> TextSide:
     """Text encoders for the step; or, where caching was asked for, their outputs and no encoders.
 
-    With caches they are loaded only when a caption or a prompt is missing there.
+    With caches they are loaded only when a caption or a prompt is missing there. Those in ``trained`` are kept in the
+    type given there.
     """
 
     @functools.cache
     def encoders() -> dict[str, nn.Module]:
         log.info("loading the text encoders")
         loaded = family.load_text_encoders(device=accelerator.device, dtype=precision.frozen)
+        for name, dtype in (trained or {}).items():  # read anew, so that nothing is lost to a narrower type
+            if dtype != precision.frozen:
+                loaded |= family.load_text_encoders(device=accelerator.device, dtype=dtype, names=[name])
         merge_base_weights(config, family, loaded)
         return loaded
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,9 @@ from library.records import Batch
 from library.training.losses import LossHistory
 from library.training.trackers import Trackers
 
+if TYPE_CHECKING:
+    from library.training.jobs import Job
+
 
 @dataclass
 class Run:
@@ -23,6 +26,7 @@ class Run:
     Attributes:
         config: What the user asked for, validated.
         seed: Of every random draw.
+        job: What kind of training it is.
         family: The architecture's parts.
         accelerator: Device, precision and processes.
         plan: Which samples each optimizer step uses.
@@ -45,6 +49,7 @@ class Run:
 
     config: RunConfig
     seed: int
+    job: "Job"
     family: ModelFamily
     accelerator: Accelerator
     plan: BatchPlan

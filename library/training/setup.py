@@ -30,6 +30,8 @@ from library.training.checkpoints import read_progress, restore_state
 from library.training.checks import check_run
 from library.training.encode_ahead import encode_ahead
 from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
+from library.training.full_model import DENOISER
+from library.training.jobs import job_of
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
@@ -42,7 +44,6 @@ from library.training.schedules import create_schedule
 from library.training.step import encoded
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
 from library.training.validation import Validation
-from networks.loading import create_network
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def trained_components(config: RunConfig) -> tuple[str, ...]:
 
 def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     """Everything that a run needs, made in the order that keeps the least in memory."""
-    assert config.network is not None and config.optimizer.learning_rate is not None
+    assert config.optimizer.learning_rate is not None
+    job = job_of(config)
     progress = read_progress(config.training.resume) if config.training.resume else None
     family: ModelFamily = create_family(config.family_name, config)
     check_run(config, family, accelerator_available=has_accelerator())
@@ -91,13 +93,19 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     preparation = LatentPreparation(config, family, precision, accelerator)
     prepared = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=preparation.fill)
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
-    text_side = prepare_text(config, data, family, text, requests, precision, accelerator)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=precision.frozen)
-    network = prepare_network(config, family, denoiser, text_side, seed, precision, accelerator)
+    components = job.check(config, family)
+    dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
+    trained = {name: dtypes[name] for name in components if name != DENOISER}
+    text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
+    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtypes[DENOISER])
+    merge_base_weights(config, family, {DENOISER: denoiser})
+    roots = {DENOISER: denoiser, **text_side.encoders}
+    trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
+    save_memory(config, family, denoiser)
     created = create_optimizer(
         config.optimizer.name,
         config.optimizer.optimizer_args,
-        network.parameter_groups(config.optimizer),
+        trainable.parameter_groups(config.optimizer),
         learning_rate=config.optimizer.learning_rate,
         device=accelerator.device,
     )
@@ -130,12 +138,13 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     run = Run(
         config=config,
         seed=seed,
+        job=job,
         family=family,
         accelerator=accelerator,
         plan=plan,
         batches=training_data.loader(config, reader, micro_batches, accelerator),
         denoiser=denoiser,
-        trainable=network,
+        trainable=trainable,
         text=text,
         text_encoders=text_side.encoders,
         vae=latent_side.vae,
@@ -242,26 +251,13 @@ def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[P
     )
 
 
-def prepare_network(
-    config: RunConfig,
-    family: ModelFamily,
-    denoiser: nn.Module,
-    text_side: TextSide,
-    seed: int,
-    precision: Precision,
-    accelerator: Accelerator,
-) -> Any:
-    """Merge ``--base_weights``, inject the adapter, switch checkpointing on."""
-    roots = {"denoiser": denoiser, **text_side.encoders}
-    merge_base_weights(config, family, {"denoiser": denoiser})
-    network = create_network(config, roots, family.adapter_targets, seed)
-    network.to(accelerator.device, precision.trained)
+def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> None:
+    """Switch on what trades time for memory."""
     blocks = list(family.blocks(denoiser))
     for line in resolve_block_swap(config, len(blocks), accelerator_available=has_accelerator()):
         log.info(line)
     if config.memory.gradient_checkpointing:
         enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
-    return network
 
 
 def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side: TextSide) -> hooks.SampleTaker | None:

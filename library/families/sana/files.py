@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.errors import ConfigError
+from library.config.full import PARTS
 from library.config.model import ModelConfig
 from library.families.sana.options import LATENTS, NO_PREFIX, SanaOptions
 from library.families.sana.parts import COMPONENTS, LAYOUT
@@ -99,6 +100,7 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
         native_resolution=Resolution(side, side),
         implementation=_IMPLEMENTATION,
         blocks=sizes.depth,
+        save_layouts={"safetensors": (), "diffusers": PARTS, "pth": ()},
         text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
         defaults={"training_shift": published_shift(sizes, side), "learning_rate": _LEARNING_RATE},
     )

@@ -8,6 +8,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.model import ModelConfig
@@ -136,11 +137,7 @@ def load_tokenizer(
     """
     prefix = read_prefix(options)
     prefix = INSTRUCTION if prefix is None else prefix
-    beside = None if files is None else files.gemma.headers[0].path.parent
-    if places.directory is None and beside is not None and is_gemma_folder(beside):
-        folder = beside
-    else:
-        folder = places.find(_FOLDERS, GEMMA_HUB_ID, is_gemma_folder, download=download)
+    folder = tokenizer_folder(places, files, download=download)
     length = options.sana_max_token_length
     # The start token is counted twice, and the prefix's last token gives its place to the caption's first.
     more = length - 2 if prefix else length - 1
@@ -150,6 +147,23 @@ def load_tokenizer(
         length=length,
         lower_case=options.sana_lower_case,
     )
+
+
+def tokenizer_folder(places: TokenizerPlaces, files: SanaFiles | None, *, download: bool = True) -> Path:
+    """Where the tokenizer lies.
+
+    Args:
+        places: Where to look.
+        files: See ``load_tokenizer``.
+        download: Whether to fetch it from the hub where it isn't on disk.
+
+    Raises:
+        ConfigError: It is nowhere.
+    """
+    beside = None if files is None else files.gemma.headers[0].path.parent
+    if places.directory is None and beside is not None and is_gemma_folder(beside):
+        return beside
+    return places.find(_FOLDERS, GEMMA_HUB_ID, is_gemma_folder, download=download)
 
 
 def find_windows(model: ModelConfig, options: SanaOptions, files: SanaFiles | None) -> dict[str, SanaTokenizer]:
