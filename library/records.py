@@ -344,6 +344,7 @@ class ModelDescription:
         trainable_text_encoders: The text encoders that a full fine-tune can train.
         save_layouts: What ``--save_model_as`` can be in a full fine-tune, best first -> what ``--save_parts`` can be.
         sampling: How its pictures are made where nobody says.
+        precision_warnings: ``--mixed_precision`` -> why these weights lose quality in it.
     """
 
     title: str
@@ -360,3 +361,4 @@ class ModelDescription:
     trainable_text_encoders: tuple[str, ...] = ()
     save_layouts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     sampling: SamplingDefaults = SamplingDefaults()
+    precision_warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)

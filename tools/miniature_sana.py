@@ -169,6 +169,8 @@ def _words() -> list[str]:
 # Size of the numbers, for activations about 1: of a layer's outputs for inputs about 1.
 _SCALES = (
     ("denoiser.final_layer.linear.weight", 0.5),
+    ("vae.encoder.stages.*.main.conv.weight", 0.3),
+    ("vae.encoder.project_out.0.conv.weight", 0.5),
     ("vae.decoder.project_out.2.conv.weight", 0.5),
 )
 

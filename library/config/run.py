@@ -157,16 +157,18 @@ class RunConfig:
         """
         changed: dict[str, Any] = {}
         sources = dict(self.provenance)
-        trained = {name: (own, f"was trained with {own:g}") for name, own in description.defaults.items()}
-        sampled = {name: (own, "is published with it") for name, own in sampling_defaults(description.sampling).items()}
-        defaults = trained | sampled
+        title, sampled = description.title, sampling_defaults(description.sampling)
+        defaults = {
+            **{name: (own, f"the default of {title} is {own:g}") for name, own in description.defaults.items()},
+            **{name: (own, f"{title} is published with it") for name, own in sampled.items()},
+        }
         for declared, value in option_values(self):
             group = changed.get(declared.group, getattr(self, declared.group))
             idle = getattr(group, "idle_options", ())
             if value is None and declared.name in defaults and declared.name not in idle:
                 own, reason = defaults[declared.name]
                 changed[declared.group] = dataclasses.replace(group, **{declared.name: own})
-                sources[declared.name] = f"{DERIVED}: {description.title} {reason}"
+                sources[declared.name] = f"{DERIVED}: {reason}"
         return dataclasses.replace(self, provenance=sources, **changed)
 
     def model_problems(self, description: ModelDescription) -> list[str]:

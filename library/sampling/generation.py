@@ -1,6 +1,7 @@
 """A checked run of generate.py: load, encode, walk, save. The text encoders leave memory before the denoiser comes."""
 
 import gc
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptText
 from networks.loading import adapter_components, layers_by_name, load_adapter, match_layers, read_adapter
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -43,6 +46,9 @@ def make_pictures(run: GenerateRun) -> list[Path]:
     dtype = resolve_dtype(options.mixed_precision, device)
     family: ModelFamily = create_family(run.family_name, run)
     changed = {path: adapter_components(path, family.adapter_targets) for path in options.network_weights}
+    for name, warning in family.description.precision_warnings.items():
+        if dtype == _DTYPES[name]:
+            log.warning(warning)
     attention_function(run.memory.attention_backend)
     _check_adapters(options.network_weights, family)
 

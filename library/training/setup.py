@@ -89,6 +89,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         make_folder(name, folder)
     for line in precision.notes:
         log.info(line)
+    if warning := family.description.precision_warnings.get(precision.mixed):
+        log.warning(warning)
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)

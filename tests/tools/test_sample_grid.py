@@ -1,7 +1,7 @@
 import pytest
 
 from library.config.errors import ConfigError
-from tools.sample_grid import arrange
+from tools.sample_grid import arrange, readable
 
 
 def test_rows_are_pictures_and_columns_are_moments(tmp_path):
@@ -19,6 +19,15 @@ def test_rows_are_pictures_and_columns_are_moments(tmp_path):
     ]
     rows, labels = arrange(tmp_path, "my_run", every=False)
     assert labels == ["e000000", "000020"] and [len(row) for row in rows] == [2, 2, 1]
+
+
+def test_pictures_beside_the_average(tmp_path):
+    for label in ("e000000", "000010", "000010_raw"):
+        (tmp_path / f"my_run_{label}_00_5.png").touch()
+    assert arrange(tmp_path, None, every=False)[1] == ["e000000", "000010"]
+    (row,), labels = arrange(tmp_path, None, every=True)
+    assert [path.name for path in row] == [f"my_run_{label}_00_5.png" for label in labels]
+    assert [readable(label) for label in labels] == ["before training", "step 10", "step 10, not averaged"]
 
 
 def test_several_runs(tmp_path):

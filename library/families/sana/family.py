@@ -1,7 +1,6 @@
 """Sana and Sana-1.5 as the trainer sees them (Xie et al. 2024, arXiv:2410.10629; 2025, arXiv:2501.18427)."""
 
 import dataclasses
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from library.families.sana.files import SanaFiles, describe, locate
 from library.families.sana.latents import SanaLatentStrategy
 from library.families.sana.linear_dit import LinearDiTConfig
 from library.families.sana.options import SanaOptions
-from library.families.sana.sizes import denoiser_sizes, fp16_warning
 from library.families.sana.skip_layers import skipped_layers
 from library.families.sana.text import SanaText, SanaTextStrategy
 from library.families.sana.tokenizers import load_tokenizer, tokenizer_folder
@@ -43,8 +41,6 @@ from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.gemma import load_gemma
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
-
-log = logging.getLogger(__name__)
 
 TIMESTEPS = 1000
 SAMPLING_SHIFT, LARGEST_SAMPLING_SHIFT = 3.0, 6.0
@@ -103,10 +99,6 @@ class SanaFamily:
 
     def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
         """The denoiser, frozen, in eval mode."""
-        if dtype == torch.bfloat16 and torch.device(device).type != "meta":
-            warning = fp16_warning(self.files.denoiser, denoiser_sizes(self.files.denoiser))
-            if warning is not None:
-                log.warning(warning)
         attention = attention_function(self.attention)
         return load_dit(self.files, self.denoiser, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
 
