@@ -1,10 +1,12 @@
 import math
+import time
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from library.training import ema
 from library.training.ema import WeightAverage
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -101,7 +103,7 @@ def test_it_is_kept_in_fp32_and_shown_in_the_parameters_type(on_host):
     average = WeightAverage({"w": parameter}, 0.999, on_host=on_host)
     for _ in range(3):
         with torch.no_grad():
-            parameter.mul_(1.01)
+            parameter.mul_(1.5)
         average.update()
     own = parameter.detach().clone()
     assert average.tensors()["w"].dtype == torch.float32
@@ -122,6 +124,21 @@ def test_what_is_shown_is_forgotten_whatever_happens_inside():
         move(parameter)
         raise KeyError
     assert torch.equal(parameter, own) and torch.equal(average.tensors()["w"], kept)
+    average.close()
+
+
+def test_an_update_on_its_way_is_waited_for(monkeypatch):
+    blend = ema._blend
+    monkeypatch.setattr(ema, "_blend", lambda *arguments: (time.sleep(0.2), blend(*arguments)))
+    parameter = nn.Parameter(torch.zeros(3))
+    average = WeightAverage({"w": parameter}, 0.5, on_host=True)
+    for value in (10.0, 0.0):
+        with torch.no_grad():
+            parameter.fill_(value)
+        average.update()
+    with average.shown():
+        torch.testing.assert_close(parameter.detach(), torch.full((3,), 9.0 * 2 / 11))
+    assert not parameter.any()
     average.close()
 
 
