@@ -22,6 +22,9 @@ _OF_METHOD: Mapping[str, tuple[str, ...]] = {
     "lokr": ("factor", "decompose_both", "full_matrix"),
     "loha": (),
 }
+OWN_NAMES = (*_OF_ALL, *(name for names in _OF_METHOD.values() for name in names))
+"""The ``--network_args`` that every model has."""
+
 _WHY_NOT_OURS = {
     "dropout": "its update has no inner activations to drop; use rank_dropout or module_dropout",
     "loraplus_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",

@@ -25,10 +25,22 @@ def pointwise():
     return nn.Conv2d(12, 20, 1)
 
 
+def narrowing():
+    torch.manual_seed(1)
+    return nn.Linear(40, 24)
+
+
+def narrowing_pointwise():
+    torch.manual_seed(1)
+    return nn.Conv2d(20, 12, 1)
+
+
 BASES = {
     "linear": (linear, torch.randn(2, 5, 24)),
     "vectors": (linear, torch.randn(3, 24)),
     "convolution": (conv, torch.randn(2, 12, 9, 8)),
+    "narrowing": (narrowing, torch.randn(2, 5, 40)),
+    "narrowing pointwise": (narrowing_pointwise, torch.randn(2, 20, 5, 4)),
     "pointwise": (pointwise, torch.randn(2, 12, 5, 4)),
 }
 PLANS = {
