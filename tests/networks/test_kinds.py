@@ -258,6 +258,23 @@ def test_depthwise_convolutions_are_refused(make):
         make(nn.Conv2d(4, 4, 3, groups=4))
 
 
+def test_a_factor_is_whole_from_half_of_its_longer_side():
+    size = layer_size(linear())  # w1 (4, 4), w2 (10, 6)
+    ranks = {
+        rank: plan_factors(size, rank=rank, factor=4, decompose_both=True, full_matrix=False) for rank in (1, 2, 4, 5)
+    }
+    assert [(p.w1_rank, p.w2_rank) for p in ranks.values()] == [(1, 1), (None, 2), (None, 4), (None, None)]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 6])
+def test_lycoris_decides_the_same_factors(rank):
+    lycoris = pytest.importorskip("lycoris")
+    layer = lokr(linear(), rank=rank, factor=4, decompose_both=True)
+    theirs = lycoris.LokrModule("x", linear(), lora_dim=rank, factor=4, decompose_both=True)
+    assert {n: p.shape for n, p in theirs.named_parameters()} == {n: p.shape for n, p in layer.named_parameters()}
+
+
 def test_factors_of_sizes():
     assert factorise(1536, 16) == (16, 96)
     assert factorise(96, 16) == (6, 16)  # 16 divides it, and is the larger one
