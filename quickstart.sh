@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Trains a LoRA on a miniature model and a dozen photographs, from nothing but Python, in a few minutes on two CPU cores.
-#   bash quickstart.sh [sd3]
+# Trains a miniature model on a dozen photographs, from nothing but Python, in a few minutes on two CPU cores: a LoRA on
+# SD3 or Sana, and on Sana then the whole model too.
+#   bash quickstart.sh [sd3|sana]
 # It needs no model files: the miniature has random weights, so its pictures are patterns. What you see is the whole way
 # of a real run: dataset, caches, training, samples, files.
 set -euo pipefail
 cd "$(dirname "$0")"
 family=${1:-sd3}
-if [ "$family" != sd3 ]; then
-    echo "error: no quickstart for '$family'; there is: sd3" >&2
-    exit 2
-fi
+case $family in
+    sd3) options=(--weighting_scheme=sigma_sqrt --timestep_sampling=logit_normal) ;;
+    sana) options=(--sample_sampler=dpmpp_2m) ;;
+    *)
+        echo "error: no quickstart for '$family'; there are: sd3, sana" >&2
+        exit 2
+        ;;
+esac
 source tools/environment.sh
 make_environment .venv requirements.txt
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
@@ -23,21 +28,31 @@ launch=(--num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)")
 if ! command -v nvidia-smi >/dev/null 2>&1; then
     launch+=(--cpu)
 fi
-accelerate launch "${launch[@]}" --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    "${family}_train_network.py" \
-    --pretrained_model_name_or_path="$model/$family-miniature.safetensors" \
-    --dataset_config=examples/sd3/quickstart.toml \
-    --output_dir="$output" --output_name=quickstart_lora \
-    --network_module=networks.lora --network_dim=8 --network_alpha=8 --network_train_unet_only \
-    --learning_rate=2e-3 --optimizer_type=AdamW --lr_scheduler=cosine \
-    --weighting_scheme=sigma_sqrt --timestep_sampling=logit_normal \
-    --max_train_epochs=12 --save_state_on_train_end --seed=42 \
-    --cache_latents_to_disk --cache_text_encoder_outputs_to_disk --vae_batch_size=4 \
-    --sample_prompts=examples/sd3/quickstart_prompts.txt --sample_at_first --sample_every_n_epochs=12
-python tools/sample_grid.py "$output/sample" --output "$output/before_after.png"
+
+# train SCRIPT NAME OPTION...
+train() {
+    accelerate launch "${launch[@]}" --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        "$1" --output_name="$2" \
+        --pretrained_model_name_or_path="$model/$family-miniature.safetensors" \
+        --dataset_config="examples/$family/quickstart.toml" --output_dir="$output" \
+        --optimizer_type=AdamW --lr_scheduler=cosine "${options[@]}" --seed=42 \
+        --cache_latents_to_disk --cache_text_encoder_outputs_to_disk --vae_batch_size=4 \
+        --sample_prompts="examples/$family/quickstart_prompts.txt" "${@:3}"
+}
+
+train "${family}_train_network.py" quickstart_lora \
+    --network_module=networks.lora --network_dim=8 --network_alpha=8 --network_train_unet_only --learning_rate=2e-3 \
+    --max_train_epochs=12 --save_state_on_train_end --sample_at_first --sample_every_n_epochs=12
+python tools/sample_grid.py "$output/sample" --run quickstart_lora --output "$output/before_after.png"
+if [ "$family" = sana ]; then
+    train sana_train.py quickstart_full --learning_rate=1e-4 --max_train_epochs=6 --sample_every_n_epochs=6
+fi
 
 echo
 echo "adapter:       $output/quickstart_lora.safetensors"
 echo "before/after:  $output/before_after.png"
 echo "log:           $output/quickstart_lora-log.jsonl"
 echo "configuration: $output/quickstart_lora-run.toml"
+if [ "$family" = sana ]; then
+    echo "whole model:   $output/quickstart_full.safetensors"
+fi

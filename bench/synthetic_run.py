@@ -32,6 +32,7 @@ from library.families import FAMILIES, family_options
 from library.families.protocols import ModelFamily
 from library.memory.checkpointing import enable_checkpointing
 from library.records import Batch, NoisedLatents, Resolution, Sample, TensorRecord
+from library.training.adapter_job import AdapterJob
 from library.training.losses import LossHistory
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
@@ -116,6 +117,7 @@ def make_run(
     run = Run(
         config=config,
         seed=0,
+        job=AdapterJob(),
         family=family,
         accelerator=accelerator,
         plan=BatchPlan(samples, placements, config.datasets, seed=0, micro_batches_per_step=1),

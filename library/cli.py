@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.config.caching import UNSUPPORTED as UNSUPPORTED_CACHING
 from library.config.command_line import CommandLine, help_text, read_command_line
@@ -20,13 +20,40 @@ from library.config.logging import LoggingConfig
 from library.config.resolved import resolved_toml
 from library.config.run import RunConfig, make_run_config, training_groups
 from library.config.unsupported import refusals
-from library.families import family_files, family_options
+from library.families import FAMILIES, family_files, family_options
 from library.records import ModelDescription, Resolution
 from library.sampling.prompts import read_prompts
+from library.sampling.requests import requested_samples
 from library.version import VERSION
 
 WRONG_USAGE, INTERRUPTED = 2, 130
 _ANY_SIZE = Resolution(1024, 1024)
+
+
+class Script(NamedTuple):
+    """A training script.
+
+    Attributes:
+        family: The model family's name in the registry.
+        network: Whether adapters are trained, or the model itself.
+    """
+
+    family: str
+    network: bool
+
+    @property
+    def name(self) -> str:
+        """Its file name without the ending."""
+        return f"{self.family}_train_network" if self.network else f"{self.family}_train"
+
+    @property
+    def groups(self) -> dict[str, type]:
+        """Its option groups, see ``training_groups``."""
+        return training_groups(family_options(self.family), network=self.network)
+
+
+SCRIPTS = {script.name: script for family in FAMILIES for script in (Script(family, True), Script(family, False))}
+"""The training scripts by name."""
 
 
 def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> int:
@@ -41,9 +68,8 @@ def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> in
         The exit code: 0, 2 for what the user can fix, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    script = f"{family}_train_network.py" if network else f"{family}_train.py"
     try:
-        return _run(family, arguments, script, network=network)
+        return _run(Script(family, network), arguments)
     except ConfigError as error:
         _print_late_errors(str(error).splitlines())
         return WRONG_USAGE
@@ -52,13 +78,12 @@ def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> in
         return INTERRUPTED
 
 
-def _run(family: str, arguments: Sequence[str], script: str, *, network: bool) -> int:
-    options = family_options(family)
-    groups = training_groups(options, network=network)
-    command_line = read_command_line(groups, arguments, refusals=refused_options(family))
+def _run(script: Script, arguments: Sequence[str]) -> int:
+    command_line = read_command_line(script.groups, arguments, refusals=refused_options(script.family))
     if command_line.invocation.help:
-        job = "Adapters (LoRA and others)" if network else "Full fine-tuning"
-        print(help_text(groups, program=script, description=f"{job} on {options.TITLE}."), end="")
+        job = "Adapters (LoRA and others) on" if script.network else "Full fine-tuning of"
+        about = f"{job} {family_options(script.family).TITLE}."
+        print(help_text(script.groups, program=f"{script.name}.py", description=about), end="")
         return 0
     if command_line.invocation.version:
         print(f"atelier {VERSION}")
@@ -66,7 +91,7 @@ def _run(family: str, arguments: Sequence[str], script: str, *, network: bool) -
     if "config_file" in command_line.unusable:  # the rest would only say that its options are missing
         print_errors(command_line.problems)
         return WRONG_USAGE
-    config, problems = checked_configuration(family, script, command_line)
+    config, problems = checked_configuration(script, command_line)
     if problems:
         print_errors(problems)
         return WRONG_USAGE
@@ -94,13 +119,13 @@ def refused_options(family: str) -> dict[str, str]:
     return refusals(UNSUPPORTED_DATA, UNSUPPORTED_CACHING, family=family, family_table=table)
 
 
-def checked_configuration(family: str, script: str, command_line: CommandLine) -> tuple[RunConfig, list[str]]:
+def checked_configuration(script: Script, command_line: CommandLine) -> tuple[RunConfig, list[str]]:
     """This joins what was parsed to a run's configuration, and checks all that needs no weights.
 
     Returns:
         The configuration, and one line per problem; with problems it is for messages only.
     """
-    groups, options = command_line.groups, family_options(family)
+    family, groups, options = script.family, command_line.groups, family_options(script.family)
     step = options.RESOLUTION_STEP
     problems: list[str] = []
 
@@ -114,7 +139,7 @@ def checked_configuration(family: str, script: str, command_line: CommandLine) -
     datasets: tuple[DatasetConfig, ...] = checked(
         lambda: read_datasets(groups["data"], groups["pictures"], groups["captions"], resolution_step=step), ()
     )
-    config = make_run_config(family, script, groups, command_line.provenance, datasets)
+    config = make_run_config(family, f"{script.name}.py", groups, command_line.provenance, datasets)
     problems += config.problems()
     files = family_files(family)
     description: ModelDescription | None = checked(
@@ -123,13 +148,11 @@ def checked_configuration(family: str, script: str, command_line: CommandLine) -
     if description is not None:
         config = config.with_model_defaults(description)
         problems += config.model_problems(description)
-    if prompts := config.sampling.sample_prompts:
-        native = description.native_resolution if description else _ANY_SIZE
-        largest = description.largest_side if description else None
-        checked(
-            lambda: read_prompts(prompts, native_resolution=native, resolution_step=step, seed=0, largest_side=largest),
-            None,
-        )
+    if description is not None:
+        sampled = description
+        checked(lambda: requested_samples(config.sampling, sampled, resolution_step=step, seed=0), None)
+    elif prompts := config.sampling.sample_prompts:
+        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, resolution_step=step, seed=0), None)
     # What follows from an option that was refused already would only confuse
     blamed = re.compile("|".join(rf"--{name}\b" for name in command_line.unusable) or "(?!)")
     new = [problem for problem in problems if not blamed.search(problem)]

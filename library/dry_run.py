@@ -12,7 +12,7 @@ from library.data.file_index import FileIndex
 from library.data.plan import BatchPlan
 from library.data.report import DataReport, report_data
 from library.data.report_captions import Window
-from library.data.report_lines import report_lines
+from library.data.report_lines import WARNING, report_lines
 from library.families import family_files, family_options, family_tokenizers
 from library.records import ModelDescription
 
@@ -55,7 +55,7 @@ def report(config: RunConfig) -> list[str]:
     idle = [remark.text for remark in scan.report.remarks if remark.kind == "idle steps"]
     if idle:
         raise ConfigError("\n".join(idle))
-    return [*_model_lines(description), *report_lines(scan.report), *later]
+    return [*_model_lines(description, config.training.mixed_precision), *report_lines(scan.report), *later]
 
 
 def scan_data(
@@ -117,6 +117,8 @@ def scan_data(
     return DataScan(discovery, placements, validation_placements, seed, made)
 
 
-def _model_lines(description: ModelDescription) -> Iterator[str]:
+def _model_lines(description: ModelDescription, precision: str) -> Iterator[str]:
     sizes = ", ".join(f"{name} {value}" for name, value in description.sizes.items())
     yield f"model: {description.title}, {description.parameters:,} parameters in the denoiser ({sizes})"
+    if warning := description.precision_warnings.get(precision):
+        yield f"{WARNING}{warning}"

@@ -308,6 +308,24 @@ class AdapterTargets:
 
 
 @dataclass(frozen=True)
+class SamplingDefaults:
+    """How pictures of a model are made where nobody says.
+
+    Attributes:
+        sampler: One of ``library.config.sampling.SAMPLERS``.
+        steps: Sampling steps.
+        scale: Classifier-free guidance.
+        table: Name of the published table (``library.data.bucket_tables``) with the sizes that the model was trained
+            at, for a model that computes other sizes at the nearest of them; None: it computes at every size.
+    """
+
+    sampler: str = "euler"
+    steps: int = 28
+    scale: float = 5.0
+    table: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelDescription:
     """What the files said about the model, read from headers alone.
 
@@ -323,6 +341,10 @@ class ModelDescription:
         largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
         text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
         defaults: Options whose default depends on the model: name -> what acts where nobody gave one.
+        trainable_text_encoders: The text encoders that a full fine-tune can train.
+        save_layouts: What ``--save_model_as`` can be in a full fine-tune, best first -> what ``--save_parts`` can be.
+        sampling: How its pictures are made where nobody says.
+        precision_warnings: ``--mixed_precision`` -> why these weights lose quality in it.
     """
 
     title: str
@@ -336,3 +358,7 @@ class ModelDescription:
     largest_side: int | None = None
     text_numbers: int = 0
     defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    trainable_text_encoders: tuple[str, ...] = ()
+    save_layouts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    sampling: SamplingDefaults = SamplingDefaults()
+    precision_warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -31,11 +31,18 @@ def photos(tmp_path) -> Path:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Runs ``sd3_train_network.py`` on a tiny model and four photographs, in this process."""
+    """Runs a training script on a tiny model and four photographs, in this process."""
 
     checkpoint: Path
     photos: Path
     folder: Path
+    family: str = "sd3"
+    network: bool = True
+
+    @property
+    def script(self) -> str:
+        """Its file name."""
+        return f"{self.family}_train_network.py" if self.network else f"{self.family}_train.py"
 
     def arguments(self, output: str, **options) -> list[str]:
         """The command line: enough defaults to train, changed and extended by ``options`` (None removes one)."""
@@ -44,9 +51,8 @@ class Trainer:
             "dataset_config": self.dataset(),
             "output_dir": self.folder / output,
             "output_name": "run",
-            "network_dim": 2,
-            "network_alpha": 2,
-            "learning_rate": 1e-2,
+            **({"network_dim": 2, "network_alpha": 2} if self.network else {}),
+            "learning_rate": 1e-2 if self.network else 1e-3,
             "mixed_precision": "no",
             "max_train_steps": 4,
             "max_data_loader_n_workers": 0,
@@ -82,7 +88,7 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         try:
-            return main("sd3", network=True, argv=self.arguments(output, **options))
+            return main(self.family, network=self.network, argv=self.arguments(output, **options))
         finally:
             logging.getLogger().handlers.clear()
 
@@ -95,7 +101,7 @@ class Trainer:
             "TOKENIZERS_PARALLELISM": "false",
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        command += ["sd3_train_network.py", *self.arguments(output, **options)]
+        command += [self.script, *self.arguments(output, **options)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -115,7 +121,7 @@ class Trainer:
         return [json.loads(line) for line in lines]
 
     def weights(self, output: str, stem: str = "run") -> dict:
-        """The tensors of a saved adapter."""
+        """The tensors of a saved file."""
         from safetensors.torch import load_file
 
         return load_file(self.folder / output / f"{stem}.safetensors")
@@ -128,6 +134,27 @@ class Trainer:
 @pytest.fixture
 def trainer(tiny_file, photos, tmp_path) -> Trainer:
     return Trainer(tiny_file, photos, tmp_path)
+
+
+@pytest.fixture
+def full_trainer(tiny_file, photos, tmp_path) -> Trainer:
+    """Trains all of a tiny SD3."""
+    return Trainer(tiny_file, photos, tmp_path, network=False)
+
+
+@pytest.fixture
+def sana_trainer(tiny_sana_file, photos, tmp_path) -> Trainer:
+    """Trains all of a tiny Sana."""
+    return Trainer(tiny_sana_file, photos, tmp_path, "sana", network=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_sana_file(tmp_path_factory):
+    """A tiny Sana in one file, with its tokenizer beside it."""
+    from tests.tiny import TINY_SANA
+    from tools.miniature_sana import make_sana
+
+    return make_sana(tmp_path_factory.mktemp("sana"), sizes=TINY_SANA)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,14 @@
 """The careless user: every wrong input ends with exit code 2 and one line per mistake, before any weight is read."""
 
 import base64
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import library.io.safetensors
 from library.io.header import read_header
@@ -15,6 +17,8 @@ from tests.bad_input.dataset_cases import DATA, NOTED
 from tests.bad_input.late_cases import GENERATE, LATE
 from tests.bad_input.model_cases import FILES
 from tests.bad_input.option_cases import DATASETS, OPTIONS, PROMPTS
+from tests.bad_input.sana_cases import FILES as SANA_FILES
+from tests.bad_input.sana_cases import LATE as SANA_LATE
 from tests.bad_input.workshop import BASE, FLUX, UNET_ONLY, Workshop
 
 ADAPTERS = ("network_weights", "base_weights")
@@ -50,7 +54,10 @@ def files_read(monkeypatch) -> list[str]:
 @pytest.fixture
 def refused(trainer, files_read, capfd):
     """Runs the trainer with wrong options; returns the errors, after checking how it ended."""
+    return refusing(trainer, files_read, capfd)
 
+
+def refusing(trainer, files_read, capfd):
     def run(**options) -> list[str]:
         adapters = {str(path) for name in ADAPTERS for path in _several(options.get(name))}
         capfd.readouterr()
@@ -63,6 +70,22 @@ def refused(trainer, files_read, capfd):
         return [line.removeprefix("error: ") for line in lines]
 
     return run
+
+
+@pytest.fixture
+def sana(trainer, tiny_sana_file):
+    """Trains adapters on a tiny Sana, over the same photographs."""
+    return dataclasses.replace(trainer, checkpoint=tiny_sana_file, family="sana")
+
+
+@pytest.fixture
+def sana_refused(sana, files_read, capfd):
+    return refusing(sana, files_read, capfd)
+
+
+@pytest.fixture
+def sana_workshop(sana, workshop) -> Workshop:
+    return dataclasses.replace(workshop, trainer=sana)
 
 
 def _several(value) -> list:
@@ -139,6 +162,45 @@ class TestBeforeTorchIsLoaded:
         )
         more = ("--vae_batch_size", "--lr_warmup_steps", "--max_train_epochs", "--output_dir", "--clip_l", "FLUX")
         check(refused(**wrong), *names, *more)
+
+
+@pytest.mark.usefixtures("torch_stays_out")
+@pytest.mark.parametrize(("make", "expected"), cases(SANA_FILES))
+def test_sana(sana_refused, sana_workshop, make, expected):
+    check(sana_refused(**make(sana_workshop)), *expected)
+
+
+@pytest.mark.parametrize(("make", "expected"), cases(SANA_LATE))
+def test_what_only_torch_can_see_of_sana(sana_refused, sana_workshop, make, expected):
+    check(sana_refused(**make(sana_workshop)), *expected)
+
+
+def test_a_caption_beyond_sanas_window_is_told(sana, capsys):
+    (sana.photos / "camera.txt").write_text("a red circle on a blue table " * 100)
+    for options, length in (({}, 300), ({"sana_max_token_length": 30}, 30)):
+        assert sana("output", dry_run=True, **options) == 0
+        assert f"longer than the {length} tokens that Gemma reads" in capsys.readouterr().out
+
+
+def test_sana_weights_that_were_trained_in_fp16(sana, tmp_path):
+    """As the first Sana: without norms of queries and keys, stored in fp16."""
+    tensors = {k: v for k, v in load_file(sana.checkpoint).items() if "q_norm" not in k and "k_norm" not in k}
+    old = sana.checkpoint.with_name("old.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, old)
+    options = {BASE: old, "max_train_steps": 1, "cache_latents": True, "cache_text_encoder_outputs": True, **UNET_ONLY}
+    for precision, warned in (("bf16", True), ("no", False)):
+        log = tmp_path / f"{precision}.log"
+        assert sana(precision, **options, mixed_precision=precision, console_log_file=log) == 0
+        assert ("loses quality in bf16: use weights" in log.read_text()) == warned
+
+
+def test_a_dc_ae_stored_in_fp16_is_computed_in_fp32(sana, workshop):
+    vae = {k: v.half() for k, v in load_file(sana.checkpoint).items() if k.startswith("first_stage_model.")}
+    save_file(vae, workshop.folder / "dc-ae.safetensors")
+    options = {"max_train_steps": 1, "cache_latents": True, "cache_text_encoder_outputs": True, **UNET_ONLY}
+    assert sana("narrow", vae=workshop.folder / "dc-ae.safetensors", **options) == 0
+    assert sana("whole", **options) == 0
+    assert sana.losses("narrow") == pytest.approx(sana.losses("whole"), rel=0.05)
 
 
 @pytest.mark.parametrize(("make", "expected"), cases(LATE))

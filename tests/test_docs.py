@@ -57,7 +57,8 @@ def pages(*, having=""):
 def groups_of_scripts():
     for family in FAMILIES:
         options = family_options(family)
-        yield {"invocation": InvocationConfig, **training_groups(options, network=True)}
+        for network in (True, False):
+            yield {"invocation": InvocationConfig, **training_groups(options, network=network)}
         generate = {"model": ModelConfig, "family": options.OPTIONS, "generate": GenerateConfig}
         yield {"invocation": InvocationConfig, **generate}
     yield {"inspection": InspectionConfig}
@@ -217,10 +218,13 @@ def commands(page):
 
 @pages(having="```bash")
 def test_commands_are_understood(page):
-    train = training_groups(family_options("sd3"), network=True)
     generate = {"model": ModelConfig, "family": family_options("sd3").OPTIONS, "generate": GenerateConfig}
+    scripts = {"generate.py": generate}
+    for family in FAMILIES:
+        for script, network in ((f"{family}_train_network.py", True), (f"{family}_train.py", False)):
+            scripts[script] = training_groups(family_options(family), network=network)
     for words in commands(page):
-        for script, groups in (("sd3_train_network.py", train), ("generate.py", generate)):
+        for script, groups in scripts.items():
             if script in words:
                 problems = read_command_line(groups, words[words.index(script) + 1 :]).problems
                 assert not [problem for problem in problems if not problem.endswith("no such file")]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.cli import checked_configuration
+from library.cli import SCRIPTS, checked_configuration
 from library.config.command_line import read_command_line
 from library.config.errors import ConfigError
 from library.config.run import training_groups
@@ -20,7 +20,7 @@ LONG = "a red cat " * 60
 
 def configuration(arguments):
     command_line = read_command_line(training_groups(family_options("sd3"), network=True), arguments)
-    config, problems = checked_configuration("sd3", "sd3_train_network.py", command_line)
+    config, problems = checked_configuration(SCRIPTS["sd3_train_network"], command_line)
     assert not problems
     return config
 

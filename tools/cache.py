@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
-from library.cli import INTERRUPTED, WRONG_USAGE, print_errors
+from library.cli import INTERRUPTED, SCRIPTS, WRONG_USAGE, print_errors
 from library.config.errors import ConfigError
 from library.families import FAMILIES
 
@@ -48,9 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     fill = commands.add_parser(
         "fill",
         help="Encode all that a run needs, and stop.",
-        usage="python -m tools.cache fill FAMILY --option value ...",
+        usage="python -m tools.cache fill SCRIPT --option value ...",
     )
-    fill.add_argument("family", choices=sorted(FAMILIES), metavar="FAMILY", help="The model family: %(choices)s.")
+    fill.add_argument(
+        "script",
+        choices=sorted({*FAMILIES, *SCRIPTS}),
+        metavar="SCRIPT",
+        help="The training script, or the model family, which stands for its adapters: %(choices)s.",
+    )
     fill.add_argument("options", nargs=argparse.REMAINDER, help="The options of its training script.")
     sizes = commands.add_parser("sizes", help="Say what is in a cache.")
     verify = commands.add_parser("verify", help="Compute every checksum anew, and name what is damaged.")
@@ -67,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     gc.add_argument(
         "--family",
-        choices=sorted(FAMILIES),
-        help="Of the configurations that don't say it, which training didn't write.",
+        choices=sorted({*FAMILIES, *SCRIPTS}),
+        help="The training script, or the family, of configurations that training didn't write.",
     )
     gc.add_argument("--delete", action="store_true", help="Delete it. By default nothing is changed.")
     return parser

@@ -8,32 +8,32 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from library.cli import checked_configuration, configure_logging, refused_options
+from library.cli import SCRIPTS, Script, checked_configuration, configure_logging, refused_options
 from library.config.command_line import CommandLine, help_text, read_command_line
 from library.config.errors import ConfigError
-from library.config.run import RunConfig, training_groups
+from library.config.run import RunConfig
 from library.data.store_care import STORES, Contents, Progress, StoreCare
-from library.families import FAMILIES, family_options
+from library.families import FAMILIES
 from library.io.places import join
 from library.version import VERSION
 
 DAMAGED = 1
-_SCRIPT = re.compile(rf"# What ({'|'.join(FAMILIES)})_train(?:_network)?\.py does")
+_SCRIPT = re.compile(rf"# What ({'|'.join(SCRIPTS)})\.py does")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def fill(chosen: argparse.Namespace) -> int:
     """This encodes all that a run needs, into the cache on disk, and stops."""
-    line = _read(chosen.family, chosen.options)
+    script = SCRIPTS.get(chosen.script) or Script(chosen.script, network=True)
+    line = _read(script, chosen.options)
     if line.invocation.help:
-        groups = training_groups(family_options(chosen.family), network=True)
         about = "Encodes all that the same options would encode before training, into the cache on disk, and stops."
-        print(help_text(groups, program=f"-m tools.cache fill {chosen.family}", description=about), end="")
+        print(help_text(script.groups, program=f"-m tools.cache fill {script.name}", description=about), end="")
         return 0
     if line.invocation.version:
         print(f"atelier {VERSION}")
         return 0
-    config = _configuration(chosen.family, line)
+    config = _configuration(script, line)
     if line.invocation.dry_run:
         print("the options are right; nothing was encoded (--dry_run)")
         return 0
@@ -123,22 +123,22 @@ def _run_of(path: str, family: str | None) -> RunConfig:
         says = _SCRIPT.match(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         says = None  # reading it as a configuration says what is wrong
-    named = says[1] if says else family
-    if named is None:
+    script = SCRIPTS[says[1]] if says else None
+    if script is None and family is not None:
+        script = SCRIPTS.get(family) or Script(family, network=True)
+    if script is None:
         if Path(path).is_file():
             raise ConfigError(f"{path} doesn't say its model family; add --family {' or '.join(sorted(FAMILIES))}")
         raise ConfigError(f"{path}: no such file")
     # What the run was resumed from may be gone since
-    return _configuration(named, _read(named, ["--config_file", path, "--resume", ""]))
+    return _configuration(script, _read(script, ["--config_file", path, "--resume", ""]))
 
 
-def _read(family: str, options: Sequence[str]) -> CommandLine:
-    return read_command_line(
-        training_groups(family_options(family), network=True), options, refusals=refused_options(family)
-    )
+def _read(script: Script, options: Sequence[str]) -> CommandLine:
+    return read_command_line(script.groups, options, refusals=refused_options(script.family))
 
 
-def _configuration(family: str, line: CommandLine) -> RunConfig:
+def _configuration(script: Script, line: CommandLine) -> RunConfig:
     """The run that the options describe.
 
     Raises:
@@ -146,7 +146,7 @@ def _configuration(family: str, line: CommandLine) -> RunConfig:
     """
     if "config_file" in line.unusable:  # the rest would only say that its options are missing
         raise ConfigError("\n".join(line.problems))
-    config, problems = checked_configuration(family, f"{family}_train_network.py", line)
+    config, problems = checked_configuration(script, line)
     if problems:
         raise ConfigError("\n".join(problems))
     return config

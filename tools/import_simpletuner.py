@@ -51,6 +51,8 @@ _PROMPT_KEYS = (
     "validation_negative_prompt",
     "validation_seed",
     "num_validation_images",
+    "validation_preview",
+    "validation_preview_steps",
 )
 _ANSWERED = (
     "model_type",
@@ -129,6 +131,8 @@ def import_configuration(config_path: Path, data_path: str | None, output_dir: P
             if not {"sample_every_n_steps", "sample_every_n_epochs"} & set(translation.values):
                 translation.values["sample_every_n_steps"] = _VALIDATION_STEPS
                 translation.notes.append(f"sample_every_n_steps = {_VALIDATION_STEPS}: {_BY_DEFAULT}")
+            if str(config.get("validation_preview", "")).lower() == "true":
+                translation.values["preview_every"] = config.get("validation_preview_steps", 1)
             yield f"wrote {output_dir / 'prompts.txt'}: {len(prompts)} prompts"
         write_text(dataset_file, dataset_toml(datasets))
         write_text(run_file, run_toml(translation))
@@ -181,6 +185,7 @@ def translate_config(config: Mapping[str, Any], folder: Path = Path()) -> Transl
             result.left_out.append(f"{key} {json.dumps(value)}" + (f": {reason}" if reason else ""))
         else:
             _add(options[name], name, key, value, result)
+    _average(config, result)
     if adapters:
         _lycoris(config, folder, family, result)
     _settle(config, family, adapters, options, result)
@@ -237,6 +242,22 @@ def _lycoris(config: Mapping[str, Any], folder: Path, family: str, result: Trans
     result.values |= lycoris.values
     result.left_out += lycoris.left_out
     result.notes.append(f"lycoris_config {named}: network_args {' '.join(lycoris.values['network_args'])}")
+
+
+def _average(config: Mapping[str, Any], result: Translation) -> None:
+    """Leaves out the moving average's settings where there is none, and says what samples use where there is one."""
+    values = result.values
+    if values.get("use_ema") and "schedulefree" in values.get("optimizer_type", "").lower():
+        del values["use_ema"]
+        result.left_out.append(f"use_ema: {values['optimizer_type']} averages the weights by itself")
+    if values.get("use_ema"):
+        draws = config.get("validation_prompt") or config.get("user_prompt_library")
+        if draws and "ema_validation" not in values:
+            values["ema_validation"] = "comparison"
+            result.notes.append(f'ema_validation = "comparison": {_BY_DEFAULT}')
+        return
+    for name in [name for name in values if name.startswith("ema_")]:
+        result.left_out.append(f"{name} {json.dumps(values.pop(name))}: nothing is averaged without use_ema")
 
 
 def _settle(

@@ -16,12 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
-from library.cli import INTERRUPTED, WRONG_USAGE, print_errors, refused_options
+from library.cli import INTERRUPTED, SCRIPTS, WRONG_USAGE, Script, print_errors, refused_options
 from library.config.command_line import CommandLine, help_text, read_command_line
 from library.config.dataset import read_datasets
 from library.config.errors import ConfigError
 from library.config.options import option
-from library.config.run import RunConfig, make_run_config, training_groups
+from library.config.run import RunConfig, make_run_config
 from library.dry_run import DataScan, scan_data
 from library.families import FAMILIES, family_files, family_options, family_tokenizers
 from library.io.atomic import write_text
@@ -65,21 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     named = arguments[0] if arguments else ""
-    known = named in FAMILIES
-    family = named if known else next(iter(FAMILIES))
-    groups = {"inspection": InspectionConfig, **training_groups(family_options(family), network=True)}
-    command_line = read_command_line(groups, arguments[known:], refusals=refused_options(family))
+    known = named in SCRIPTS or named in FAMILIES
+    family = named if named in FAMILIES else next(iter(FAMILIES))
+    script = SCRIPTS.get(named) or Script(family, network=True)
+    groups = {"inspection": InspectionConfig, **script.groups}
+    command_line = read_command_line(groups, arguments[known:], refusals=refused_options(script.family))
     if command_line.invocation.help:
         relevant = {name: group for name, group in groups.items() if name in _RELEVANT}
-        about = f"{__doc__ or ''} The first word is the model family: {', '.join(FAMILIES)}."
-        print(help_text(relevant, program=f"{_PROGRAM} {family}", description=about), end="")
+        about = f"{__doc__ or ''} The first word is the model family or the script: {', '.join((*FAMILIES, *SCRIPTS))}."
+        print(help_text(relevant, program=f"{_PROGRAM} {named if known else family}", description=about), end="")
         return 0
     if command_line.invocation.version:
         print(f"atelier {VERSION}")
         return 0
     if not known:
         raise ConfigError(f"the first word is the model family ({', '.join(FAMILIES)}), not {named or 'nothing'}")
-    config = _configuration(family, command_line)
+    config = _configuration(script.family, command_line)
     output, title = command_line.groups["inspection"].output, _title(config)
     with _progress() as (say, progress):
         say("looking at the pictures")

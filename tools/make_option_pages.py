@@ -4,6 +4,7 @@ python tools/make_option_pages.py
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def pages() -> dict[str, str]:
     """Every page by file name."""
     made = {}
-    for family in FAMILIES:
+    for family, network in itertools.product(FAMILIES, (True, False)):
         options = family_options(family)
-        script = f"{family}_train_network"
-        made[f"{script}.md"] = page(
-            f"{script}.py",
-            f"Adapters (LoRA and others) on {options.TITLE}.",
-            training_groups(options, network=True),
-            refused_options(family),
-        )
+        script = f"{family}_train_network" if network else f"{family}_train"
+        job = "Adapters (LoRA and others) on" if network else "Full fine-tuning of"
+        groups = training_groups(options, network=network)
+        made[f"{script}.md"] = page(f"{script}.py", f"{job} {options.TITLE}.", groups, refused_options(family))
     made["generate.md"] = page("generate.py", "Pictures from prompts.", generate_groups(), {})
     return made
 
@@ -50,8 +48,9 @@ def page(script: str, job: str, groups: Mapping[str, type], refused: Mapping[str
         "",
         f"{job} This page is made by `python tools/make_option_pages.py`; `python {script} --help` says the same.",
         "",
-        "An option is typed (`--network_dim 16`) or stands in the file that `--config_file` names (`network_dim = 16`, "
-        "in any section); what is typed wins. A switch is undone by `--no-`: `--no-cache_latents`.",
+        "An option is typed (`--max_grad_norm 2`) or stands in the file that `--config_file` names "
+        "(`max_grad_norm = 2`, in any section); what is typed wins. A switch is undone by `--no-`: "
+        "`--no-cache_latents`.",
     ]
     for group in (InvocationConfig, *groups.values()):
         lines += [

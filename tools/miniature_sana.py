@@ -5,29 +5,24 @@ compressed 32 times), in the published names, and is made in seconds. The publis
 here one file can hold them all.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.families.sana.dc_ae import DCAE, DCAEConfig
-from library.families.sana.export import STEM, save_folder
-from library.families.sana.key_maps import vae_key_maps
+from library.families.sana.export import complete_pipeline, save_folder, save_gemma, save_vae
+from library.families.sana.family import SAMPLING_SHIFT
 from library.families.sana.linear_dit import LinearDiT, LinearDiTConfig
 from library.families.sana.options import LATENTS
 from library.families.sana.tokenizers import INSTRUCTION
-from library.io.atomic import write_text
-from library.io.key_maps import to_diffusers
 from library.io.safetensors import save_tensors
 from library.nn.attention import sdpa
 from library.randomness import torch_generator
-from library.text_encoders.gemma import gemma_config
 from tools.miniature_tokenizers import WORDS, gemma_pieces, write_gemma_tokenizer
 
 FILE_NAME = "sana-miniature.safetensors"
@@ -174,6 +169,8 @@ def _words() -> list[str]:
 # Size of the numbers, for activations about 1: of a layer's outputs for inputs about 1.
 _SCALES = (
     ("denoiser.final_layer.linear.weight", 0.5),
+    ("vae.encoder.stages.*.main.conv.weight", 0.3),
+    ("vae.encoder.project_out.0.conv.weight", 0.5),
     ("vae.decoder.project_out.2.conv.weight", 0.5),
 )
 
@@ -190,64 +187,6 @@ def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def _write_diffusers(output: Path, parts: Mapping[str, Weights], sizes: SanaSizes, dtype: torch.dtype) -> None:
     save_folder(parts["denoiser"], sizes.denoiser(), output / "transformer", {}, image_size=IMAGE_SIZE, dtype=dtype)
-    vae = sizes.vae()
-    maps = vae_key_maps(
-        encoder_depths=vae.encoder_depths, decoder_depths=vae.decoder_depths, attention_from=vae.attention_from
-    )
-    gemma = gemma_config(sizes.gemma(), source="the miniature").to_dict() | {"architectures": ["Gemma2Model"]}
-    folders = (
-        ("vae", STEM, dict(to_diffusers(parts["vae"], maps)), _vae_config(vae)),
-        ("text_encoder", "model", parts["gemma"], gemma),
-    )
-    for folder, name, tensors, config in folders:
-        save_tensors(tensors, output / folder / f"{name}.safetensors", {"format": "pt"}, dtype=dtype)
-        _write_json(output / folder / "config.json", config)
-    _write_json(output / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    _write_json(output / "model_index.json", dict(_model_index()))
-
-
-_SCHEDULER = {
-    "_class_name": "DPMSolverMultistepScheduler",
-    "num_train_timesteps": 1000,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "flow_shift": 3.0,
-}
-
-
-def _model_index() -> Iterator[tuple[str, Any]]:
-    yield "_class_name", "SanaPipeline"
-    yield "scheduler", ["diffusers", _SCHEDULER["_class_name"]]
-    yield "transformer", ["diffusers", "SanaTransformer2DModel"]
-    yield "vae", ["diffusers", "AutoencoderDC"]
-    yield "text_encoder", ["transformers", "Gemma2Model"]
-    yield "tokenizer", ["transformers", "PreTrainedTokenizerFast"]
-
-
-def _vae_config(config: DCAEConfig) -> dict[str, Any]:
-    stages = range(len(config.widths))
-    kinds = ["EfficientViTBlock" if stage >= config.attention_from else "ResBlock" for stage in stages]
-    scales = [[5] if stage >= config.attention_from else [] for stage in stages]
-    return {
-        "_class_name": "AutoencoderDC",
-        "in_channels": 3,
-        "latent_channels": config.latent_channels,
-        "attention_head_dim": 32,
-        "encoder_block_types": kinds,
-        "decoder_block_types": kinds,
-        "encoder_block_out_channels": list(config.widths),
-        "decoder_block_out_channels": list(config.widths),
-        "encoder_layers_per_block": list(config.encoder_depths),
-        "decoder_layers_per_block": list(config.decoder_depths),
-        "encoder_qkv_multiscales": scales,
-        "decoder_qkv_multiscales": scales,
-        "upsample_block_type": "interpolate",
-        "downsample_block_type": "conv",
-        "decoder_norm_types": "rms_norm",
-        "decoder_act_fns": "silu",
-        "scaling_factor": LATENTS.scale,
-    }
-
-
-def _write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    save_vae(parts["vae"], sizes.vae(), output / "vae", dtype=dtype)
+    save_gemma(parts["gemma"], output / "text_encoder", dtype=dtype)
+    complete_pipeline(output, None, shift=SAMPLING_SHIFT)

@@ -4,9 +4,8 @@ It has everything that the published model has (query and key norms, second atte
 position table), in the published layout, and is made in seconds.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
+from library.families.sd3.export import complete_pipeline, save_folder, save_single
 from library.families.sd3.mmdit import MMDiT, MMDiTConfig
 from library.families.sd3.position_table import sincos_table
-from library.io.atomic import write_text
-from library.io.key_maps import to_diffusers
-from library.io.safetensors import save_tensors
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from library.randomness import torch_generator
@@ -155,15 +151,7 @@ def make_sd3(
     if layout == "diffusers":
         _write_diffusers(output, parts, sizes, DTYPES[dtype])
         return output
-    prefixes = {
-        "denoiser": "model.diffusion_model.",
-        "vae": "first_stage_model.",
-        "clip_l": "text_encoders.clip_l.transformer.",
-        "clip_g": "text_encoders.clip_g.transformer.",
-        "t5xxl": "text_encoders.t5xxl.transformer.",
-    }
-    tensors = {prefixes[part] + name: tensor for part, weights in parts.items() for name, tensor in weights.items()}
-    save_tensors(tensors, output / FILE_NAME, _METADATA, dtype=DTYPES[dtype])
+    save_single(parts, output / FILE_NAME, _METADATA, dtypes=dict.fromkeys(parts, DTYPES[dtype]))
     return output / FILE_NAME
 
 
@@ -219,82 +207,5 @@ def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _write_diffusers(output: Path, parts: Mapping[str, Weights], sizes: Sd3Sizes, dtype: torch.dtype) -> None:
-    denoiser, vae = sizes.denoiser(), sizes.vae()
-    denoiser_maps = denoiser_key_maps(
-        depth=denoiser.depth, qk_norm=denoiser.qk_norm, dual_attention_blocks=denoiser.dual_attention_blocks
-    )
-    vae_maps = vae_key_maps(level_widths=vae.level_widths, blocks_per_level=vae.blocks_per_level)
-    clip_l, clip_g = sizes.clip(sizes.clip_l_width, "quick_gelu"), sizes.clip(sizes.clip_g_width, "gelu")
-    projection = {"text_projection.weight": torch.eye(sizes.clip_l_width)}
-    stem = "diffusion_pytorch_model"
-    folders = (
-        ("transformer", stem, dict(to_diffusers(parts["denoiser"], denoiser_maps)), _transformer_config(denoiser)),
-        ("vae", stem, dict(to_diffusers(parts["vae"], vae_maps)), _vae_config(vae)),
-        ("text_encoder", "model", parts["clip_l"] | projection, clip_l.to_dict()),
-        ("text_encoder_2", "model", parts["clip_g"], clip_g.to_dict()),
-        ("text_encoder_3", "model", parts["t5xxl"], sizes.t5().to_dict()),
-    )
-    for folder, name, tensors, config in folders:
-        save_tensors(tensors, output / folder / f"{name}.safetensors", {"format": "pt"}, dtype=dtype)
-        _write_json(output / folder / "config.json", config)
-    _write_json(output / "scheduler" / "scheduler_config.json", {"_class_name": _SCHEDULER, "shift": 3.0})
-    _write_json(output / "model_index.json", dict(_model_index()))
-
-
-_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-
-
-def _model_index() -> Iterator[tuple[str, Any]]:
-    yield "_class_name", "StableDiffusion3Pipeline"
-    yield "scheduler", ["diffusers", _SCHEDULER]
-    yield "transformer", ["diffusers", "SD3Transformer2DModel"]
-    yield "vae", ["diffusers", "AutoencoderKL"]
-    for number in ("", "_2"):
-        yield f"text_encoder{number}", ["transformers", "CLIPTextModelWithProjection"]
-        yield f"tokenizer{number}", ["transformers", "CLIPTokenizer"]
-    yield "text_encoder_3", ["transformers", "T5EncoderModel"]
-    yield "tokenizer_3", ["transformers", "PreTrainedTokenizerFast"]
-
-
-def _transformer_config(config: MMDiTConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,
-        "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "num_layers": config.depth,
-        "attention_head_dim": config.head_dim,
-        "num_attention_heads": config.num_heads,
-        "joint_attention_dim": config.context_width,
-        "caption_projection_dim": config.width,
-        "pooled_projection_dim": config.pooled_width,
-        "pos_embed_max_size": config.pos_embed_max_size,
-        "dual_attention_layers": list(config.dual_attention_blocks),
-        "qk_norm": "rms_norm" if config.qk_norm else None,
-    }
-
-
-def _vae_config(config: AutoencoderKLConfig) -> dict[str, Any]:
-    levels = len(config.level_widths)
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": config.pixel_channels,
-        "out_channels": config.pixel_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.level_widths),
-        "layers_per_block": config.blocks_per_level,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "force_upcast": True,
-    }
-
-
-def _write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    save_folder(parts, sizes.denoiser(), sizes.vae(), output, {}, dtypes=dict.fromkeys(parts, dtype))
+    complete_pipeline(output, {}, has_t5=True)

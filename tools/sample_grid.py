@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.config.errors import ConfigError
 
-NAME = re.compile(r"(?P<run>.+)_(?P<label>e?\d{6})_(?P<index>\d{2})_(?P<seed>\d+)\.png")
+NAME = re.compile(r"(?P<run>.+)_(?P<label>e?\d{6}(?:_raw)?)_(?P<index>\d{2,})_(?:(?P<name>.+)_)?(?P<seed>\d+)\.png")
 
 
 def arrange(folder: Path, run: str | None, *, every: bool) -> tuple[list[list[Path]], list[str]]:
@@ -33,12 +33,15 @@ def arrange(folder: Path, run: str | None, *, every: bool) -> tuple[list[list[Pa
         rows.setdefault(match["index"], {})[match["label"]] = folder / match.string
     labels = sorted({match["label"] for match in matches}, key=lambda label: (not label.startswith("e"), label))
     if not every:
+        labels = [label for label in labels if not label.endswith("_raw")]
         labels = [labels[0], labels[-1]] if len(labels) > 1 else labels
     return [[row[label] for label in labels if label in row] for _, row in sorted(rows.items())], labels
 
 
 def readable(label: str) -> str:
     """What a sample's label means to people."""
+    if label.endswith("_raw"):
+        return f"{readable(label.removesuffix('_raw'))}, not averaged"
     if label == "e000000":
         return "before training"
     return f"epoch {int(label[1:])}" if label.startswith("e") else f"step {int(label)}"

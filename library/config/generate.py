@@ -23,7 +23,7 @@ class GenerateConfig:
         None,
         "File of prompts (.txt, .toml or .json) as in training; what it says wins over the options here.",
         metavar="FILE",
-        aliases=("from_file",),
+        aliases=("from_file", "user_prompt_library"),
     )
     negative_prompt: str = option(
         "", "What guidance leads away from. By default the model's answer without any prompt."
@@ -34,16 +34,28 @@ class GenerateConfig:
     height: int | None = option(
         None, "Pixels. By default the model's own size.", minimum=1, metavar="PIXELS", aliases=("H",)
     )
-    steps: int = option(28, "Sampling steps; 4 suits a turbo model.", minimum=1, maximum=1000)
-    scale: float = option(
-        5.0,
-        "Classifier-free guidance. 1 turns it off, which halves the time and suits a turbo model.",
+    use_resolution_binning: bool | None = option(
+        None,
+        "Computes each picture at the nearest size of the table that the model was trained with, then resizes and "
+        "crops it to the size that was asked for. By default on for Sana; SD3 has no table.",
+    )
+    steps: int | None = option(
+        None,
+        "Sampling steps; 4 suits a turbo model. By default the model's own: 28 for SD3, 20 for Sana.",
+        minimum=1,
+        maximum=1000,
+    )
+    scale: float | None = option(
+        None,
+        "Classifier-free guidance. 1 turns it off, which halves the time and suits a turbo model. By default the "
+        "model's own: 5 for SD3, 4.5 for Sana.",
         minimum=0.0,
         aliases=("cfg_scale",),
     )
-    sampler: str = option(
-        "euler",
-        "Sampler. heun asks the model twice per step.",
+    sampler: str | None = option(
+        None,
+        "Sampler. heun asks the model twice per step. By default the model's own: euler for SD3, dpmpp_2m "
+        "(DPM-Solver++) for Sana.",
         choices=SAMPLERS,
         aliases=("sample_sampler",),
     )
@@ -68,6 +80,14 @@ class GenerateConfig:
         None,
         "Start of the file names: <output_name>_<number>_<seed>.png, and an older file of that name is replaced. By "
         "default the date and time.",
+    )
+    preview_every: int | None = option(
+        None,
+        "Every so many steps, the unfinished picture is written beside where it will lie, as ..._preview.png, through "
+        "a map from latents to colours that is fitted to the VAE. By default not.",
+        minimum=1,
+        metavar="STEPS",
+        aliases=("validation_preview_steps",),
     )
     mixed_precision: str = option(
         "bf16",

@@ -52,7 +52,7 @@ def _dataset_lines(config: RunConfig) -> Iterator[str]:
         yield f"# datasets[{index}]: {dataset.resolution}, batches of {dataset.batch_size}"
         for number, subset in enumerate(dataset.subsets):
             kind = "regularisation pictures" if subset.is_reg else "pictures"
-            yield f"#   subsets[{number}]: {kind} in {json.dumps(subset.image_dir)}, {subset.num_repeats} repeats"
+            yield f"#   subsets[{number}]: {kind} in {json.dumps(subset.image_dir)}, num_repeats {subset.num_repeats}"
 
 
 def toml_value(value: Any) -> str:

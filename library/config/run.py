@@ -11,7 +11,9 @@ from library.config.caching import CachingConfig
 from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.ema import EmaConfig
 from library.config.flow import FlowConfig, flow_problems
+from library.config.full import FullConfig, full_model_problems, full_problems
 from library.config.logging import LoggingConfig
 from library.config.loss import LossConfig
 from library.config.memory import MemoryConfig
@@ -21,7 +23,7 @@ from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
 from library.config.pictures import PictureConfig
-from library.config.sampling import SamplingConfig, skip_layer_problems
+from library.config.sampling import SamplingConfig, sampling_defaults, skip_layer_problems
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
 from library.config.urls import is_remote
@@ -53,9 +55,10 @@ def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
         "pictures": PictureConfig,
         "captions": CaptionConfig,
         "caching": CachingConfig,
-        **({"network": NetworkConfig} if network else {}),
+        **({"network": NetworkConfig} if network else {"full": FullConfig}),
         "optimizer": OptimizerConfig,
         "training": TrainingConfig,
+        "ema": EmaConfig,
         "memory": MemoryConfig,
         **family_options.OBJECTIVE_GROUPS,
         "validation": ValidationConfig,
@@ -78,6 +81,7 @@ class RunConfig:
         loss: How the difference between answer and truth is measured.
         datasets: The datasets, read from what ``data`` names.
         network: The adapter; None when the model itself is trained.
+        full: How the model itself is trained; None when an adapter is.
     """
 
     family_name: str
@@ -91,8 +95,10 @@ class RunConfig:
     datasets: tuple[DatasetConfig, ...]
     caching: CachingConfig
     network: NetworkConfig | None = None
+    full: FullConfig | None = None
     optimizer: OptimizerConfig
     training: TrainingConfig
+    ema: EmaConfig
     memory: MemoryConfig
     flow: FlowConfig | None = None
     loss: LossConfig
@@ -122,10 +128,12 @@ class RunConfig:
 
     @property
     def trains_text_encoders(self) -> bool:
-        """Whether the text encoders get an adapter that learns."""
+        """Whether text encoders learn, themselves or by an adapter."""
+        rates = self.optimizer.text_encoder_lr
+        if self.full is not None:
+            return self.full.train_text_encoder and (rates is None or any(rate > 0 for rate in rates))
         if self.network is None or self.network.network_train_unet_only:
             return False
-        rates = self.optimizer.text_encoder_lr
         return rates is None or any(rate > 0 for rate in rates)
 
     def problems(self) -> list[str]:
@@ -134,6 +142,7 @@ class RunConfig:
         return [
             *(self._text_problems() if self.datasets else ()),
             *self._learning_problems(),
+            *self._average_problems(),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),
@@ -148,13 +157,18 @@ class RunConfig:
         """
         changed: dict[str, Any] = {}
         sources = dict(self.provenance)
+        title, sampled = description.title, sampling_defaults(description.sampling)
+        defaults = {
+            **{name: (own, f"the default of {title} is {own:g}") for name, own in description.defaults.items()},
+            **{name: (own, f"{title} is published with it") for name, own in sampled.items()},
+        }
         for declared, value in option_values(self):
             group = changed.get(declared.group, getattr(self, declared.group))
             idle = getattr(group, "idle_options", ())
-            if value is None and declared.name in description.defaults and declared.name not in idle:
-                own = description.defaults[declared.name]
+            if value is None and declared.name in defaults and declared.name not in idle:
+                own, reason = defaults[declared.name]
                 changed[declared.group] = dataclasses.replace(group, **{declared.name: own})
-                sources[declared.name] = f"{DERIVED}: {description.title} was trained with {own:g}"
+                sources[declared.name] = f"{DERIVED}: {reason}"
         return dataclasses.replace(self, provenance=sources, **changed)
 
     def model_problems(self, description: ModelDescription) -> list[str]:
@@ -163,7 +177,11 @@ class RunConfig:
         Args:
             description: What the model's files say about it.
         """
-        return [*skip_layer_problems(self.sampling, description), *self._position_problems(description.largest_side)]
+        return [
+            *skip_layer_problems(self.sampling, description),
+            *self._position_problems(description.largest_side),
+            *(full_model_problems(self, description) if self.full is not None else ()),
+        ]
 
     def _position_problems(self, largest_side: int | None) -> Iterator[str]:
         """Resolutions that are too large for every picture; those too large for some show once pictures are known."""
@@ -210,22 +228,31 @@ class RunConfig:
                 yield f"datasets[{index}].subsets[{number}] ({subset.title})", subset
 
     def _learning_problems(self) -> Iterator[str]:
-        network, optimizer = self.network, self.optimizer
+        network = self.network
         if network is None:
-            for name in ("unet_lr", "text_encoder_lr"):
-                if getattr(optimizer, name) is not None:
-                    yield f"--{name} is for adapters; a full fine-tune has --learning_rate alone"
-            if optimizer.learning_rate is None:
-                yield "--learning_rate is missing: a full fine-tune has no safe default; 1e-5 is a common start"
+            if self.full is not None:
+                yield from full_problems(self)
         else:
-            yield from network_problems(network, optimizer, caches_text=self.caching.cache_text_encoder_outputs)
+            yield from network_problems(network, self.optimizer, caches_text=self.caching.cache_text_encoder_outputs)
             if network.network_train_text_encoder_only and not self.trains_text_encoders:
                 yield "--network_train_text_encoder_only leaves nothing to train: every --text_encoder_lr is 0"
+            if self.saving.save_model_as != "safetensors":
+                yield (
+                    f"--save_model_as {self.saving.save_model_as} is for a full fine-tune; adapters are safetensors "
+                    "files, in diffusers' names with --save_format diffusers"
+                )
         steps, epochs = (self.provenance[name] for name in ("max_train_steps", "max_train_epochs"))
         if steps == epochs != DEFAULT:
             yield (
                 f"--max_train_epochs {self.training.max_train_epochs} and --max_train_steps "
                 f"{self.training.max_train_steps} both say how long; keep one"
+            )
+
+    def _average_problems(self) -> Iterator[str]:
+        if self.ema.use_ema and "schedulefree" in self.optimizer.name.lower():
+            yield (
+                f"--use_ema does nothing with --optimizer_type {self.optimizer.name}, which averages the weights by "
+                "itself; remove it"
             )
 
     def _data_problems(self) -> Iterator[str]:

@@ -8,13 +8,17 @@ from typing import Any
 from library.config.errors import ConfigError
 from library.config.options import option
 
+SAVE_LAYOUTS = ("safetensors", "diffusers", "pth")
+
 
 def parse_save_model_as(value: Any) -> str:
-    """This accepts safetensors, and says why not pickles."""
+    """This accepts the layouts, and says why not pickles."""
     if value in ("pt", "ckpt"):
         raise ValueError(f"{value} files are pickles, which can run code when they are opened; use safetensors")
-    if value != "safetensors":
-        raise ValueError(f"expected safetensors, got {value!r}")
+    if value == "diffusers_safetensors":  # kohya's name: diffusers' folders are safetensors here, always
+        return "diffusers"
+    if value not in SAVE_LAYOUTS:
+        raise ValueError(f"expected {', '.join(SAVE_LAYOUTS)}, got {value!r}")
     return str(value)
 
 
@@ -63,7 +67,13 @@ class SavingConfig:
         metavar="NAME",
         metadata_key="ss_output_name",
     )
-    save_model_as: str = option("safetensors", "The file format; pickles are refused.", parse=parse_save_model_as)
+    save_model_as: str = option(
+        "safetensors",
+        "What is written: one file (safetensors); in a full fine-tune also a folder that diffusers loads (diffusers), "
+        "and for Sana NVlabs' own checkpoint (pth). Other pickles are refused.",
+        parse=parse_save_model_as,
+        metavar="LAYOUT",
+    )
     save_precision: str | None = option(
         None,
         "The type of the saved weights; fp32 is the same as float. By default the type they are trained in.",

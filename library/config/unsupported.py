@@ -12,7 +12,6 @@ _SHARDING = (
 _HUB = "nothing is uploaded while training. Upload the result with `hf upload <repo> <file>`"
 _EXACT_RESUME = "--resume always goes on exactly where the state was saved, data order included. Remove it"
 _QUANTISED = "the base model can't be stored quantised. Use --mixed_precision bf16 with --gradient_checkpointing"
-_EMA = "no moving average of the weights is kept. Use the checkpoints of --save_every_n_steps"
 _IN_PROMPTS = "each line of the --sample_prompts file says it for its picture"
 _IN_DATASET = "the dataset TOML says it; see --dataset_config"
 
@@ -55,8 +54,8 @@ REASONS: dict[str, str] = {
     "zero3_save_16bit_model": _SHARDING,
     "fp16_master_weights_and_gradients": _SHARDING,
     # SimpleTuner's
-    "model_type": "the script says it: <model>_train_network.py trains adapters",
-    "model_family": "the script says it: sd3_train_network.py is for Stable Diffusion 3 and 3.5",
+    "model_type": "the script says it: <model>_train_network.py trains adapters, <model>_train.py the model itself",
+    "model_family": "the script says it: sd3_... is for Stable Diffusion 3 and 3.5, sana_... for Sana",
     "lycoris_config": (
         "its settings are options: `python -m tools.import_simpletuner` translates them, to --network_module "
         "lycoris.kohya --network_dim 8 --network_args algo=lokr factor=16 and the like"
@@ -66,16 +65,9 @@ REASONS: dict[str, str] = {
     "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "quantize_via": _QUANTISED,
-    "use_ema": _EMA,
-    "ema_decay": _EMA,
-    "validation_preview": "samples are shown when they are finished. Remove it",
-    "validation_preview_steps": "samples are shown when they are finished. Remove it",
-    "validation_prompt": "prompts stand in a file. Write it there and name the file by --sample_prompts",
-    "user_prompt_library": "prompts stand in a file, one per line. Name it by --sample_prompts",
-    "validation_resolution": f"{_IN_PROMPTS}: --w 1024 --h 768",
-    "validation_guidance": f"{_IN_PROMPTS}: --l 4.5",
-    "validation_num_inference_steps": f"{_IN_PROMPTS}: --s 30",
-    "validation_negative_prompt": f"{_IN_PROMPTS}: --n blurry",
+    "ema_cpu_only": "use --ema_device cpu, which is the default",
+    "ema_foreach_disable": "the average is the same either way. Remove it",
+    "validation_preview": "unfinished samples are written where --preview_every says how often. Remove it",
     "num_validation_images": f"{_IN_PROMPTS}: repeat the line with another seed (--d)",
     "instance_prompt": f"{_IN_DATASET} (class_tokens)",
     "vae_dtype": "the VAE runs in --mixed_precision, or in fp32 with --no_half_vae",

@@ -1,6 +1,7 @@
 """What the shared code asks of a model family. Protocols, not base classes: a family inherits from nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ class TextEncodingStrategy(Protocol):
 
         Those rows hold the encoded empty caption already; a family replaces it where its options say so.
         """
+        ...
+
+    def for_negatives(self) -> "TextEncodingStrategy":
+        """The strategy for negative prompts, with a signature of its own if it reads them in another way."""
         ...
 
 
@@ -104,8 +109,10 @@ class ModelFamily(Protocol):
         """The strategy with tokenizers loaded."""
         ...
 
-    def load_text_encoders(self, *, device: Any, dtype: Any) -> dict[str, nn.Module]:
-        """The text encoders by name, frozen, in eval mode."""
+    def load_text_encoders(
+        self, *, device: Any, dtype: Any, names: Collection[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """The text encoders by name, frozen, in eval mode: all of them, or those in ``names``."""
         ...
 
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
@@ -126,6 +133,28 @@ class ModelFamily(Protocol):
 
     def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """The repeated blocks in forward order: what checkpointing and block swap act on."""
+        ...
+
+    def write_model(
+        self,
+        trained: Mapping[str, Mapping[str, Tensor]],
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        layout: str,
+        parts: Collection[str],
+        dtype: Any,
+    ) -> None:
+        """This writes a model whose own weights were trained.
+
+        Args:
+            trained: State dicts of the trained components, by name.
+            path: The file, or the folder, which need not exist.
+            metadata: Of the denoiser's file.
+            layout: One of ``description.save_layouts``.
+            parts: What else is written, as it was loaded: of the parts that the layout allows.
+            dtype: Type to convert what was trained to; None: each tensor keeps its own.
+        """
         ...
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:

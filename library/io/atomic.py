@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,3 +50,39 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """This yields a temporary folder to fill; leaving the block puts it in place of the folder ``path``.
+
+    On any error the temporary folder is removed and ``path`` stays as it was. An old folder leaves only once the new
+    one is complete and synced.
+
+    Args:
+        path: Where the folder belongs.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(os.path.join(parent, name), "rb+") as file:
+                os.fsync(file.fileno())
+        fsync_directory(parent)

@@ -15,12 +15,13 @@ from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.config.options import DEFAULT
 from library.config.paths import folder_problem
-from library.config.sampling import skip_layer_problems
+from library.config.sampling import binning_table, skip_layer_problems
 from library.families import FAMILIES, family_files, family_options
 from library.io.architectures import find_architecture
 from library.io.parts import read_weights
 from library.records import ModelDescription
-from library.sampling.prompts import PromptRequest, check_side, complete, read_prompts
+from library.sampling.prompts import PromptRequest, SizeRules, make_requests, read_entries
+from library.sampling.requests import check_previews, typed_prompts
 from library.version import VERSION
 
 WRONG_USAGE, INTERRUPTED = 2, 130
@@ -151,37 +152,35 @@ def picture_requests(
 
     Args:
         generate: The options.
-        description: Its native resolution is the size where none is named.
+        description: What acts where nothing is said, and the sizes that the model makes.
         resolution_step: Both sides must be multiples of this many pixels.
 
     Raises:
-        ConfigError: A size can't be made, or the prompt file is wrong.
+        ConfigError: A size can't be made, the prompt file is wrong, or an option does nothing here.
     """
+    own = description.sampling
+    sizes = SizeRules(
+        native=description.native_resolution,
+        step=resolution_step,
+        largest_side=description.largest_side,
+        table=binning_table(generate, description),
+    )
     fallbacks: dict[str, Any] = {
-        "negative_prompt": "" if generate.scale == 1 else generate.negative_prompt,
-        "steps": generate.steps,
-        "scale": generate.scale,
-        "sampler": generate.sampler,
+        "negative_prompt": generate.negative_prompt,
+        "steps": generate.steps or own.steps,
+        "scale": own.scale if generate.scale is None else generate.scale,
+        "sampler": generate.sampler or own.sampler,
         "seed": secrets.randbelow(2**32) if generate.seed is None else generate.seed,
     }
     for side in ("width", "height"):
         if (value := getattr(generate, side)) is not None:
-            check_side(f"--{side}", value, resolution_step, description.largest_side)
+            sizes.check(f"--{side}", value)
             fallbacks[side] = value
-    native = description.native_resolution
-    requests = [
-        complete({**fallbacks, "prompt": prompt}, index, native_resolution=native, seed=fallbacks["seed"])
-        for index, prompt in enumerate(generate.prompt)
-    ]
+    entries = typed_prompts("prompt", generate.prompt)
     if generate.sample_prompts is not None:
-        requests += read_prompts(
-            generate.sample_prompts,
-            native_resolution=native,
-            largest_side=description.largest_side,
-            resolution_step=resolution_step,
-            seed=fallbacks["seed"],
-            fallbacks=fallbacks,
-        )
+        entries += read_entries(generate.sample_prompts)
+    requests = make_requests(entries, sizes, seed=fallbacks["seed"], fallbacks=fallbacks)
+    check_previews(generate.preview_every, requests)
     return tuple(
         dataclasses.replace(request, seed=request.seed + number)
         for request in requests

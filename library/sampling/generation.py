@@ -1,9 +1,11 @@
 """A checked run of generate.py: load, encode, walk, save. The text encoders leave memory before the denoiser comes."""
 
 import gc
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,14 @@ from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.nn.attention import attention_function
 from library.records import TensorRecord
+from library.sampling.drawing import draw
 from library.sampling.generate_command import GenerateRun
-from library.sampling.pictures import encode_prompts, generate, save_picture
+from library.sampling.pictures import encode_prompts
+from library.sampling.previews import Previews, fit_latent_colours
+from library.sampling.prompts import PromptText
 from networks.loading import adapter_components, layers_by_name, load_adapter, match_layers, read_adapter
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,6 +46,9 @@ def make_pictures(run: GenerateRun) -> list[Path]:
     dtype = resolve_dtype(options.mixed_precision, device)
     family: ModelFamily = create_family(run.family_name, run)
     changed = {path: adapter_components(path, family.adapter_targets) for path in options.network_weights}
+    for name, warning in family.description.precision_warnings.items():
+        if dtype == _DTYPES[name]:
+            log.warning(warning)
     attention_function(run.memory.attention_backend)
     _check_adapters(options.network_weights, family)
 
@@ -48,6 +58,8 @@ def make_pictures(run: GenerateRun) -> list[Path]:
     vae = family.load_vae(device=device, dtype=torch.float32 if options.no_half_vae else dtype)
     skip = SkipLayerGuidance.of(options)
 
+    every = options.preview_every
+    previews = None if every is None else Previews(fit_latent_colours(family.latents, vae), every)
     facts = {"model": Path(str(run.model.pretrained_model_name_or_path)).name} | _adapter_facts(run)
     start = options.output_name or time.strftime("%Y%m%d-%H%M%S")
     files = []
@@ -57,20 +69,21 @@ def make_pictures(run: GenerateRun) -> list[Path]:
             bar.update()
 
         for number, request in enumerate(run.requests):
-            image, settings = generate(
+            path = Path(options.output_dir) / f"{start}_{number:03d}_{request.file_stem}.png"
+            draw(
                 family,
                 denoiser,
                 vae,
                 texts,
                 request,
-                sampler=options.sampler,
+                path,
                 device=device,
                 dtype=dtype,
                 skip=skip,
+                previews=previews,
+                facts=facts,
                 callback=advance,
             )
-            path = Path(options.output_dir) / f"{start}_{number:03d}_{request.seed}.png"
-            save_picture(image, path, {**settings, **facts})
             bar.write(str(path))
             files.append(path)
     return files
@@ -114,7 +127,7 @@ def _encode(
     changed: Mapping[str, set[str]],
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, TensorRecord]:
+) -> dict[PromptText, TensorRecord]:
     """The conditioning of every text; the encoders are gone afterwards."""
     encoders = family.load_text_encoders(device=device, dtype=dtype)
     _put_adapters(run, family, changed, encoders)
@@ -144,7 +157,7 @@ def _check_adapters(paths: Sequence[str], family: ModelFamily) -> None:
     """
     if not paths:
         return
-    meta = {"device": "meta", "dtype": torch.float32}
+    meta: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
     roots = {"denoiser": family.load_denoiser(**meta), **family.load_text_encoders(**meta)}
     layers = layers_by_name(roots, family.adapter_targets)
     for path in paths:

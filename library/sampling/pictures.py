@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from library.diffusion.samplers import SAMPLERS, Callback
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.io.atomic import atomic_path
 from library.records import NoisedLatents, TensorRecord
-from library.sampling.prompts import PromptRequest
+from library.sampling.prompts import PromptRequest, PromptText
 
 Settings = Mapping[str, str | int | float]
 
@@ -25,7 +25,7 @@ Settings = Mapping[str, str | int | float]
 @torch.no_grad()
 def encode_prompts(
     strategy: TextEncodingStrategy, encoders: Mapping[str, nn.Module], requests: Sequence[PromptRequest]
-) -> dict[str, TensorRecord]:
+) -> dict[PromptText, TensorRecord]:
     """This encodes every distinct text of the requests, one after another.
 
     The empty text is the unconditional one: it goes through the strategy's ``drop``, as a dropped caption in training.
@@ -38,13 +38,14 @@ def encode_prompts(
     Returns:
         Per text a record with one row, on the CPU.
     """
-    texts = {}
-    for text in dict.fromkeys(text for request in requests for text in request.texts):
-        record = strategy.encode(encoders, strategy.tokenize([text]))
-        if not text:
+    texts, for_negatives = {}, strategy.for_negatives()
+    for asked in dict.fromkeys(text for request in requests for text in request.texts):
+        reader = for_negatives if asked.negative else strategy
+        record = reader.encode(encoders, reader.tokenize([asked.text]))
+        if not asked.text:
             device = next(iter(record.tensors().values())).device
             record = strategy.drop(record, torch.ones(1, dtype=torch.bool, device=device))
-        texts[text] = record.to("cpu")
+        texts[asked] = record.to("cpu")
     return texts
 
 
@@ -53,10 +54,10 @@ def generate(
     family: ModelFamily,
     denoiser: nn.Module,
     vae: nn.Module,
-    texts: Mapping[str, TensorRecord],
+    texts: Mapping[PromptText, TensorRecord],
     request: PromptRequest,
     *,
-    sampler: str,
+    sampler: str | None = None,
     device: torch.device | str,
     dtype: torch.dtype,
     skip: SkipLayerGuidance | None = None,
@@ -70,7 +71,7 @@ def generate(
         vae: On ``device``; it decodes in its own dtype.
         texts: What ``encode_prompts`` gave.
         request: What to make.
-        sampler: Used where the request names none.
+        sampler: Used where the request names none; None: the model's own.
         device: Where to compute.
         dtype: What the denoiser computes in; the latents stay in fp32 from step to step.
         skip: Skip-layer guidance, or None.
@@ -81,12 +82,13 @@ def generate(
     """
     device = torch.device(device)
     latent_format = family.latents.format
-    shape = (1, latent_format.channels, *latent_format.latent_size(request.resolution))
+    resolution = request.computed_at or request.resolution
+    shape = (1, latent_format.channels, *latent_format.latent_size(resolution))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(device)  # (1, C, h, w)
-    sigmas = family.sampling_sigmas(request.steps, request.resolution)
+    sigmas = family.sampling_sigmas(request.steps, resolution)
     conditions = [texts[text].to(device, dtype) for text in request.texts]
     guided = _GuidedDenoiser(family, denoiser, conditions, request.scale, skip, sigmas.tolist())
-    name = request.sampler or sampler
+    name = request.sampler or sampler or family.description.sampling.sampler
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         latents = SAMPLERS[name](guided, noise, sigmas, callback=callback)
     if not latents.isfinite().all():
@@ -96,7 +98,10 @@ def generate(
     vae_dtype = next(vae.parameters()).dtype
     with torch.autocast(device.type, enabled=False):
         pixels = family.latents.decode(vae, latents.to(vae_dtype))  # (1, 3, H, W)
-    return to_image(pixels[0]), describe(request, sampler=name, skip=skip)
+    image = to_image(pixels[0])
+    if request.computed_at is not None:  # cover the size that was asked for, and cut what is over evenly
+        image = ImageOps.fit(image, request.resolution, Image.Resampling.LANCZOS)
+    return image, describe(request, sampler=name, skip=skip)
 
 
 class _GuidedDenoiser:
@@ -143,6 +148,11 @@ def describe(request: PromptRequest, *, sampler: str, skip: SkipLayerGuidance | 
     """The settings that make a picture, and nothing that had no effect on it."""
     settings: dict[str, Any] = dataclasses.asdict(request)
     settings["sampler"] = sampler
+    del settings["computed_at"]
+    if request.computed_at is not None:
+        settings["computed_at"] = str(request.computed_at)
+    if not request.name:
+        del settings["name"]
     if request.scale == 1 or not request.negative_prompt:
         del settings["negative_prompt"]
     if skip is not None:

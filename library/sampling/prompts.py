@@ -8,19 +8,29 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.config.config_file import read_toml
 from library.config.errors import ConfigError, nearest_name
 from library.config.sampling import SAMPLERS
 from library.randomness import seed_for
-from library.records import Resolution
+from library.records import Resolution, SamplingDefaults
+from library.sampling.binning import nearest_in_table
 
-STEPS = 28
-SCALE = 5.0
+
+class PromptText(NamedTuple):
+    """A text that the denoiser has to know.
+
+    Attributes:
+        text: Empty: the unconditional one.
+        negative: Whether guidance leads away from it; the unconditional one counts as neither.
+    """
+
+    text: str
+    negative: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +45,9 @@ class PromptRequest:
         seed: Of the initial noise.
         steps: Sampling steps.
         scale: Classifier-free guidance; at 1 there is none, and the negative prompt has no effect.
-        sampler: One of ``library.config.sampling.SAMPLERS``; None leaves the choice to ``--sample_sampler``.
+        sampler: One of ``library.config.sampling.SAMPLERS``; None leaves the choice to whoever draws it.
+        name: What a library of prompts calls it; empty: nothing.
+        computed_at: The size that it is computed at, before it is resized and cropped; None: its own.
     """
 
     prompt: str
@@ -43,9 +55,11 @@ class PromptRequest:
     width: int
     height: int
     seed: int
-    steps: int = STEPS
-    scale: float = SCALE
+    steps: int = SamplingDefaults.steps
+    scale: float = SamplingDefaults.scale
     sampler: str | None = None
+    name: str = ""
+    computed_at: Resolution | None = None
 
     @property
     def resolution(self) -> Resolution:
@@ -53,9 +67,15 @@ class PromptRequest:
         return Resolution(self.width, self.height)
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def file_stem(self) -> str:
+        """The end of its file's name: its own name, if any, and its seed."""
+        return f"{self.name}_{self.seed}" if self.name else str(self.seed)
+
+    @property
+    def texts(self) -> tuple[PromptText, ...]:
         """The texts that the denoiser has to know: the negative prompt only where it acts."""
-        return (self.prompt,) if self.scale == 1 else (self.prompt, self.negative_prompt)
+        negative = PromptText(self.negative_prompt, negative=bool(self.negative_prompt))
+        return (PromptText(self.prompt),) if self.scale == 1 else (PromptText(self.prompt), negative)
 
 
 def complete(given: Mapping[str, Any], index: int, *, native_resolution: Resolution, seed: int) -> PromptRequest:
@@ -99,6 +119,104 @@ def read_prompts(
         ConfigError: The file is missing, empty or says something that isn't understood; all mistakes at once, one line
             each, with the line or the prompt's number.
     """
+    sizes = SizeRules(native=native_resolution, step=resolution_step, largest_side=largest_side)
+    return make_requests(read_entries(path), sizes, seed=seed, fallbacks=fallbacks)
+
+
+@dataclass(frozen=True)
+class PromptEntry:
+    """What a prompt file says about one prompt.
+
+    Attributes:
+        where: For messages: the file and the line.
+        said: A line with inline options, or a table with keys.
+        name: What a library calls it.
+    """
+
+    where: str
+    said: "str | Mapping[str, Any]"
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRules:
+    """Which sizes pictures get.
+
+    Attributes:
+        native: The size of a picture whose prompt names none.
+        listed: The sizes at which each prompt that names none is made, in place of ``native``.
+        step: Both sides must be multiples of this many pixels, where there is no table.
+        largest_side: The longest side in pixels that the model can make; None: any.
+        table: Name of the table of sizes that pictures are computed at (``binning``); None: at their own size.
+    """
+
+    native: Resolution
+    listed: tuple[Resolution, ...] = ()
+    step: int
+    largest_side: int | None = None
+    table: str | None = None
+
+    def check(self, name: str, value: int) -> None:
+        """This refuses a width or height that can't be made; ``name`` is the start of the error."""
+        if self.table is None:
+            check_side(name, value, self.step, self.largest_side)
+
+
+def make_requests(
+    entries: Sequence[PromptEntry],
+    sizes: SizeRules,
+    *,
+    seed: int,
+    fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
+) -> list[PromptRequest]:
+    """This turns what was said into pictures to make: of each prompt one, or one per listed size.
+
+    Args:
+        entries: The prompts.
+        sizes: Which sizes pictures get.
+        seed: Of the run; see ``complete``.
+        fallbacks: Fields of ``PromptRequest`` for prompts that don't say them.
+
+    Raises:
+        ConfigError: All mistakes at once, one line each, with the prompt's place.
+    """
+    requests, problems, unsized = [], [], not sizes.listed
+    for index, entry in enumerate(entries):
+        try:
+            given = _given(entry)
+            for side in ("width", "height"):
+                if side in given:
+                    sizes.check(f"{entry.where}: {side}", given[side])
+            known = {**fallbacks, **given}
+            if given.get("negative_prompt") and known.get("scale") == 1:
+                raise ConfigError(f"{entry.where}: the negative prompt does nothing at guidance scale 1; remove one")
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        has_size = "width" in given or "height" in given
+        unsized = unsized or not has_size
+        for size in (sizes.native,) if has_size else sizes.listed or (sizes.native,):
+            request = complete(known, index, native_resolution=size, seed=seed)
+            if sizes.table is not None:
+                nearest = nearest_in_table(sizes.table, request.resolution)
+                request = replace(request, computed_at=None if nearest == request.resolution else nearest)
+            requests.append(request)
+    if not problems and not unsized:
+        problems.append("--validation_resolution does nothing: every prompt says its own size. Remove it")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return requests
+
+
+def read_entries(path: str | Path) -> list[PromptEntry]:
+    """This reads what a prompt file says, without judging it.
+
+    Args:
+        path: A ``.txt``, ``.toml`` or ``.json`` file.
+
+    Raises:
+        ConfigError: The file is missing, empty, or not of its form.
+    """
     path = Path(path)
     readers = {".txt": _txt_entries, ".toml": _toml_entries, ".json": _json_entries}
     if path.suffix.lower() not in readers:
@@ -106,23 +224,22 @@ def read_prompts(
     entries = readers[path.suffix.lower()](path)
     if not entries:
         raise ConfigError(f"{path}: no prompts in it; write one per line")
-    requests, problems = [], []
-    for index, (place, entry) in enumerate(entries):
-        where = f"{path.name}, {place}"
-        try:
-            given = _inline(entry, where) if isinstance(entry, str) else _from_keys(entry, where)
-            for name in ("width", "height"):
-                if name in given:
-                    check_side(f"{where}: {name}", given[name], resolution_step, largest_side)
-            known = {**fallbacks, **given}
-            if given.get("negative_prompt") and known.get("scale") == 1:
-                raise ConfigError(f"{where}: the negative prompt does nothing at guidance scale 1; remove one")
-            requests.append(complete(known, index, native_resolution=native_resolution, seed=seed))
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return requests
+    return entries
+
+
+def _given(entry: PromptEntry) -> dict[str, Any]:
+    """The fields of ``PromptRequest`` that an entry says."""
+    said = entry.said
+    given = _inline(said, entry.where) if isinstance(said, str) else _from_keys(said, entry.where)
+    return {**given, "name": _checked_name(entry)} if entry.name else given
+
+
+def _checked_name(entry: PromptEntry) -> str:
+    if re.search(r'[/\\:*?"<>|\x00-\x1f]', entry.name) or entry.name.startswith("."):
+        raise ConfigError(
+            f'{entry.where}: the name becomes part of a file name; leave out a dot at the start and / \\ : * ? " < > |'
+        )
+    return entry.name
 
 
 def check_side(name: str, value: int, step: int, largest: int | None = None) -> None:
@@ -279,9 +396,6 @@ def _converted(key: str, value: Any, where: str, *, inline: bool = True) -> Any:
         raise ConfigError(f"{where}: expected {error}, got {value!r}") from None
 
 
-Entries = list[tuple[str, "str | Mapping[str, Any]"]]
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -293,12 +407,12 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
 
 
-def _txt_entries(path: Path) -> Entries:
-    lines = enumerate(_read_text(path).splitlines(), start=1)
-    return [(f"line {number}", line) for number, line in lines if line.strip() and not line.startswith("#")]
+def _txt_entries(path: Path) -> list[PromptEntry]:
+    lines = [(number, line) for number, line in enumerate(_read_text(path).splitlines(), start=1) if line.strip()]
+    return [PromptEntry(f"{path.name}, line {number}", line) for number, line in lines if not line.startswith("#")]
 
 
-def _toml_entries(path: Path) -> Entries:
+def _toml_entries(path: Path) -> list[PromptEntry]:
     document = read_toml(path)
     if unknown := set(document) - {"prompt"}:
         raise ConfigError(f"{path.name}: unknown table {sorted(unknown)[0]}; prompts stand in [[prompt.subset]]")
@@ -309,14 +423,31 @@ def _toml_entries(path: Path) -> Entries:
     subsets = shared.pop("subset", [])
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise ConfigError(f"{path.name}: subset must be a list of tables: [[prompt.subset]]")
-    return [(f"prompt {number}", {**shared, **subset}) for number, subset in enumerate(subsets, start=1)]
+    tables = [{**shared, **subset} for subset in subsets]
+    return [PromptEntry(f"{path.name}, prompt {number}", table) for number, table in enumerate(tables, start=1)]
 
 
-def _json_entries(path: Path) -> Entries:
+def _json_entries(path: Path) -> list[PromptEntry]:
+    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"{path.name}: {_quoted(twice)} stands twice; rename or remove one")
+        return dict(pairs)
+
     try:
-        document = json.loads(_read_text(path))
+        document = json.loads(_read_text(path), object_pairs_hook=without_twins)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(document, list) or not all(isinstance(entry, str | dict) for entry in document):
-        raise ConfigError(f"{path.name}: expected a list of prompts, each a text or an object")
-    return [(f"prompt {number}", entry) for number, entry in enumerate(document, start=1)]
+    prompts = document.values() if isinstance(document, dict) else document
+    is_list = isinstance(document, dict | list) and all(isinstance(entry, str | dict) for entry in prompts)
+    if not is_list or (isinstance(document, dict) and isinstance(document.get("prompt"), str)):
+        raise ConfigError(
+            f"{path.name}: expected a list of prompts, each a text or an object, or an object of names and prompts"
+        )
+    if isinstance(document, dict):
+        return [PromptEntry(f"{path.name}, {_quoted(name)}", said, name) for name, said in document.items()]
+    return [PromptEntry(f"{path.name}, prompt {number}", said) for number, said in enumerate(document, start=1)]
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)

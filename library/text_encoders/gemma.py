@@ -102,7 +102,7 @@ def load_gemma(
         raise ConfigError("Gemma 2 overflows in fp16; use --mixed_precision bf16, or no")
     with torch.device("meta"):
         decoder = Gemma2Model(gemma_config(shapes, source=source))
-    load_strict(decoder, _decoder_weights(tensors), device=device, dtype=dtype, source=source)
+    load_strict(decoder, decoder_weights(tensors), device=device, dtype=dtype, source=source)
     if torch.device(device).type != "meta":
         _compute_constants(decoder, device)
     return decoder.eval().requires_grad_(False)
@@ -132,7 +132,8 @@ def _compute_constants(decoder: Any, device: Any) -> None:
         decoder.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
 
 
-def _decoder_weights(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def decoder_weights(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's own tensors of a file, under its own names: without the output layer."""
     for name, tensor in tensors:
         if not name.startswith("lm_head."):
             yield name.removeprefix(_PREFIX), tensor

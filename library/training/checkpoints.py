@@ -14,16 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from library.config.errors import ConfigError
+from library.config.run import RunConfig
 from library.config.saving import SavingConfig
-from library.io.atomic import fsync_directory
+from library.io.atomic import atomic_folder
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
-from library.training.metadata import checkpoint_metadata
+from library.training.ema import WeightAverage
 from library.training.optimizers import load_optimizer_state, set_training_mode
 from library.training.run import Run
 
 STATE_FORMAT = 1
-TRAINABLE, OPTIMIZER, PROGRESS = "trainable.safetensors", "optimizer.pt", "state.json"
+TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+RAW = "_raw"
+"""Goes after the name of what is made with the weights as they are trained, beside their average."""
+
 _DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,22 +42,17 @@ def epoch_name(config: SavingConfig, epoch: int) -> str:
 
 
 def save_weights(run: Run, stem: str, done: int) -> list[Path]:
-    """Write the trained weights in every format that was asked for; returns the files."""
+    """Write the trained weights in every format that was asked for; returns the files and folders."""
     if not run.accelerator.is_main_process:
         return []
     refuse_non_finite_weights(run, done)
-    saving, network = run.config.saving, run.config.network
-    assert network is not None
-    dtype = _DTYPES[saving.save_precision] if saving.save_precision else None
+    precision = run.config.saving.save_precision
+    dtype = _DTYPES[precision] if precision else None
     with averaged_weights(run):
-        files = run.trainable.files(network.save_format)
-        written = []
-        for suffix, (tensors, format_metadata) in files.items():
-            path = Path(saving.output_dir) / f"{stem}{suffix}.safetensors"
-            tensors = {name: _for_saving(tensor, dtype) for name, tensor in tensors.items()}
-            metadata = {**checkpoint_metadata(run, done, tensors), **format_metadata}
-            save_tensors(tensors, path, metadata)
-            written.append(path)
+        facts = {"ss_ema_updates": str(run.average.updates)} if run.average is not None else {}
+        written = list(run.job.save(run, stem, done, dtype, facts))
+    if run.config.ema.ema_save_raw:
+        written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
     return written
 
 
@@ -70,16 +69,17 @@ def refuse_non_finite_weights(run: Run, done: int) -> None:
             )
 
 
-def _for_saving(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-
-
 @contextlib.contextmanager
 def averaged_weights(run: Run) -> Iterator[None]:
-    """Inside, schedule-free optimizers show the weights that are meant to be used; afterwards training goes on exactly.
+    """Inside, the weights are those that are meant to be used: their average. Afterwards training goes on exactly.
 
-    Their own way back is a rounding away from where they were, so the training weights are kept and put back.
+    Schedule-free optimizers have an average of their own. Their way back is a rounding away from where they were, so
+    the training weights are kept and put back.
     """
+    if run.average is not None:
+        with run.average.shown():
+            yield
+        return
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     if not hasattr(inner, "eval"):
         yield
@@ -101,28 +101,25 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
         return None
     refuse_non_finite_weights(run, done)
     target = Path(run.config.saving.output_dir) / f"{stem}-state"
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
-    save_tensors(tensors, partial / TRAINABLE, {})
-    torch.save(_optimizer_state(run), partial / OPTIMIZER)
-    progress = {
-        "format": STATE_FORMAT,
-        "step": done,
-        "seed": run.seed,
-        "plan": run.plan.fingerprint(),
-        "steps_per_epoch": run.plan.steps_per_epoch,
-        "history": run.history.state(),
-        "settings": run.config.as_dict(),
-        "checksums": {name: _checksum(partial / name) for name in (TRAINABLE, OPTIMIZER)},
-    }
-    (partial / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
-    for name in (OPTIMIZER, PROGRESS):
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
-    fsync_directory(partial)
-    _replace_folder(partial, target)
+    with atomic_folder(target) as folder:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
+        save_tensors(tensors, folder / TRAINABLE, {})
+        torch.save(_optimizer_state(run), folder / OPTIMIZER)
+        files = [TRAINABLE, OPTIMIZER]
+        if run.average is not None:
+            save_tensors(run.average.tensors(), folder / AVERAGE, {"updates": str(run.average.updates)})
+            files.append(AVERAGE)
+        progress = {
+            "format": STATE_FORMAT,
+            "step": done,
+            "seed": run.seed,
+            "plan": run.plan.fingerprint(),
+            "steps_per_epoch": run.plan.steps_per_epoch,
+            "history": run.history.state(),
+            "settings": run.config.as_dict(),
+            "checksums": {name: _checksum(folder / name) for name in files},
+        }
+        (folder / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
     return target
 
 
@@ -145,22 +142,30 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replace_folder(partial: Path, target: Path) -> None:
-    """Put the finished folder in its place; a folder that is there already leaves only once the new one is in place."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(partial, target)
-    fsync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _checksum(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def resumed_progress(config: RunConfig) -> dict[str, Any] | None:
+    """The light part of the state that ``--resume`` names; None without it.
+
+    Raises:
+        ConfigError: It is no run state, a file of it is damaged, or it lacks something that the run needs.
+    """
+    folder = config.training.resume
+    if not folder:
+        return None
+    progress = read_progress(folder)
+    if config.ema.use_ema and AVERAGE not in progress["checksums"]:
+        raise ConfigError(
+            f"--resume {folder}: --use_ema, but the state was saved without a moving average; leave it out, or start a "
+            "new run"
+        )
+    return progress
 
 
 def read_progress(folder: str) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def read_progress(folder: str) -> dict[str, Any]:
 
 def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     """Put the weights, the optimizer, the schedule and the losses back to where the state was saved."""
-    refuse_other_adapter(folder, run.trainable)
+    refuse_other_weights(folder, run.trainable)
     run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -198,25 +203,32 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"
         ) from error
+    if run.average is not None:
+        _restore_average(run.average, Path(folder) / AVERAGE)
     run.schedule.load_state_dict({**run.schedule.state_dict(), **state["schedule"]})
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.restore(progress["history"])
 
 
-def refuse_other_adapter(folder: str, trainable: nn.Module) -> None:
-    """Compare a run state's adapter with this run's, from its header alone.
+def _restore_average(average: WeightAverage, path: Path) -> None:
+    header = read_header(path)
+    average.load(dict(load_tensors(header)), int(header.metadata["updates"]))
+
+
+def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
+    """Compare the trained weights of a run state with this run's, from its header alone.
 
     Raises:
-        ConfigError: They have other layers or sizes.
+        ConfigError: They are of other layers or sizes.
     """
     saved = read_header(Path(folder) / TRAINABLE).shapes
     own = {name: tuple(tensor.shape) for name, tensor in trainable.state_dict().items()}
     differing = [name for name in sorted(set(saved) | set(own)) if saved.get(name) != own.get(name)]
     if differing:
         raise ConfigError(
-            f"--resume {folder}: its adapter is another than this configuration's, {len(differing)} tensors differ, "
-            f"first {differing[0]}; use the options that the state was saved with"
+            f"--resume {folder}: what it trains is something else than in this configuration, {len(differing)} tensors "
+            f"differ, first {differing[0]}; use the options that the state was saved with"
         )
 
 
@@ -227,9 +239,10 @@ def remove_old(run: Run, done: int) -> None:
     saving = run.config.saving
     stem = re.escape(saving.output_name)
     epoch = run.plan.epoch_of(done)  # counted from 0: so many are complete
+    written = rf"({RAW})?(_diffusers)?(\.safetensors|\.pth|)"  # without an ending: a folder
     limits = (
-        (rf"{stem}-step(\d{{8}})(_diffusers)?\.safetensors", saving.save_last_n_steps, done),
-        (rf"{stem}-(\d{{6}})(_diffusers)?\.safetensors", saving.save_last_n_epochs, epoch),
+        (rf"{stem}-step(\d{{8}}){written}", saving.save_last_n_steps, done),
+        (rf"{stem}-(\d{{6}}){written}", saving.save_last_n_epochs, epoch),
         (rf"{stem}-step(\d{{8}})-state", saving.save_last_n_steps_state or saving.save_last_n_steps, done),
         (rf"{stem}-(\d{{6}})-state", saving.save_last_n_epochs_state or saving.save_last_n_epochs, epoch),
     )

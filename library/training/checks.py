@@ -10,20 +10,12 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.nn.attention import attention_function
-from library.training.checkpoints import refuse_other_adapter
+from library.training.checkpoints import refuse_other_weights
+from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_block_swap, resolve_precision
 from library.training.schedules import create_schedule
 from library.training.trackers import check_packages
-from networks.loading import (
-    adapter_components,
-    check_network,
-    create_network,
-    layers_by_name,
-    match_layers,
-    read_adapter,
-)
-from networks.targeting import DENOISER
 
 
 def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: bool) -> tuple[str, ...]:
@@ -35,20 +27,19 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         accelerator_available: Whether training runs on a GPU.
 
     Returns:
-        The components that get an adapter.
+        The components that are trained.
 
     Raises:
         ConfigError: All that is wrong, one line each.
     """
-    assert config.network is not None
-    network = config.network
+    job = job_of(config)
     checks: tuple[Callable[[], Any], ...] = (
         lambda: resolve_precision(config, accelerator_available=accelerator_available),
         lambda: check_packages(config.logging),
         lambda: attention_function(config.memory.attention_backend),
         lambda: _try_optimizer(config),
-        lambda: check_network(network, config.optimizer, family.adapter_targets),
-        lambda: _try_adapter(config, family, accelerator_available=accelerator_available),
+        lambda: job.check(config, family),
+        lambda: _rehearse(config, family, accelerator_available=accelerator_available),
     )
     problems: list[str] = []
     for check in checks:
@@ -58,7 +49,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
             problems += str(error).splitlines()
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return check_network(network, config.optimizer, family.adapter_targets)
+    return job.check(config, family)
 
 
 def _try_optimizer(config: RunConfig) -> None:
@@ -75,19 +66,9 @@ def _try_optimizer(config: RunConfig) -> None:
     create_schedule(config.optimizer, created.optimizer, max_steps=config.training.max_train_steps)
 
 
-def _try_adapter(config: RunConfig, family: ModelFamily, *, accelerator_available: bool) -> None:
-    """Merge and inject the adapters on the meta device, where modules have shapes and no weights."""
-    assert config.network is not None
-    targets = family.adapter_targets
-    denoiser = family.load_denoiser(device="meta", dtype=torch.float32)
-    changed = set(check_network(config.network, config.optimizer, targets))
-    changed = changed.union(*(adapter_components(path, targets) for path in config.network.base_weights))
-    roots = {DENOISER: denoiser}
-    if changed - {DENOISER}:  # transformers' modules take seconds to import
-        roots |= family.load_text_encoders(device="meta", dtype=torch.float32)
-    resolve_block_swap(config, len(family.blocks(denoiser)), accelerator_available=accelerator_available)
-    for path in config.network.base_weights:
-        match_layers(read_adapter(path, targets), layers_by_name(roots, targets), roots, targets, path, partial=True)
-    network = create_network(config, roots, targets, run_seed=0)
+def _rehearse(config: RunConfig, family: ModelFamily, *, accelerator_available: bool) -> None:
+    """Make what is trained on the meta device."""
+    trainable = job_of(config).rehearse(config, family)
+    resolve_block_swap(config, family.description.blocks, accelerator_available=accelerator_available)
     if config.training.resume:
-        refuse_other_adapter(config.training.resume, network)
+        refuse_other_weights(config.training.resume, trainable)

@@ -147,40 +147,32 @@ def text_signature(text: TextEncodingStrategy, dtype: torch.dtype) -> dict[str, 
 
 def fill_texts(
     config: RunConfig,
-    data: TrainingData,
+    wanted: Sequence[str],
     store: TensorStore,
     text: TextEncodingStrategy,
     encoders: Callable[[], Mapping[str, nn.Module]],
     signature: Mapping[str, str],
     accelerator: Accelerator,
-    *,
-    prompts: Sequence[str],
 ) -> None:
-    """Encode every caption that can occur, and the sample ``prompts``, where they are not in the store.
-
-    The empty caption is always among them. ``encoders`` gives the text encoders; it is asked only when something is
-    missing.
-    """
+    """Encode the texts that are not in the store. ``encoders`` is asked for only when something is missing."""
 
     def encode(batch: Sequence[str]) -> TensorRecord:
         with accelerator.autocast():
             return text.encode(encoders(), text.tokenize(batch).to(accelerator.device))
 
-    # Prompts apart: a batch's company moves the last bits, and samples must not change the training.
-    for wanted in (sorted(captions_of(config, data.discovery)), prompts):
-        cache_texts(
-            store,
-            wanted,
-            encode,
-            text.pack,
-            signature=signature,
-            batch_size=config.caching.text_encoder_batch_size,
-            accelerator=accelerator,
-        )
+    cache_texts(
+        store,
+        wanted,
+        encode,
+        text.pack,
+        signature=signature,
+        batch_size=config.caching.text_encoder_batch_size,
+        accelerator=accelerator,
+    )
 
 
 def captions_of(config: RunConfig, discovery: Discovery) -> set[str]:
-    """Every caption that training and validation can ask a store of text features for."""
+    """Every caption that training and validation can ask a store of text features for; the empty one always."""
     captions = {""}
     for sample in discovery.samples:
         subset = config.datasets[sample.dataset].subsets[sample.subset]

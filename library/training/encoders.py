@@ -4,7 +4,7 @@ import functools
 import gc
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,16 @@ from library.data.cache_keys import text_key
 from library.data.store import TensorStore
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.records import TensorRecord
-from library.sampling.prompts import PromptRequest
-from library.training.data import TrainingData, fill_latents, fill_texts, latent_signature, open_store, text_signature
+from library.sampling.prompts import PromptRequest, PromptText
+from library.training.data import (
+    TrainingData,
+    captions_of,
+    fill_latents,
+    fill_texts,
+    latent_signature,
+    open_store,
+    text_signature,
+)
 from library.training.precision import Precision
 from networks.merge import merge
 
@@ -39,7 +47,7 @@ class TextSide:
     encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     store: TensorStore | None = None
     signature: Mapping[str, str] = field(default_factory=dict)
-    prompts: Mapping[str, TensorRecord] | None = None
+    prompts: Mapping[PromptText, TensorRecord] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,29 +75,56 @@ def prepare_text(
     requests: Sequence[PromptRequest],
     precision: Precision,
     accelerator: Accelerator,
+    *,
+    trained: Mapping[str, torch.dtype] | None = None,
 ) -> TextSide:
     """Text encoders for the step; or, where caching was asked for, their outputs and no encoders.
 
-    With caches they are loaded only when a caption or a prompt is missing there.
+    With caches they are loaded only when a caption or a prompt is missing there. Those in ``trained`` are kept in the
+    type given there.
     """
 
     @functools.cache
     def encoders() -> dict[str, nn.Module]:
         log.info("loading the text encoders")
         loaded = family.load_text_encoders(device=accelerator.device, dtype=precision.frozen)
+        for name, dtype in (trained or {}).items():  # read anew, so that nothing is lost to a narrower type
+            if dtype != precision.frozen:
+                loaded |= family.load_text_encoders(device=accelerator.device, dtype=dtype, names=[name])
         merge_base_weights(config, family, loaded)
         return loaded
 
     if not config.caching.cache_text_encoder_outputs:
         return TextSide(encoders=encoders())
     store = open_store(config, "text", on_disk=config.caching.cache_text_encoder_outputs_to_disk)
-    signature = {**text_signature(text, precision.frozen), **base_weights_signature(config)}
-    prompts = list(dict.fromkeys(prompt for request in requests for prompt in request.texts))
-    fill_texts(config, data, store, text, encoders, signature, accelerator, prompts=prompts)
+    signature = cached_text_signature(config, text, precision.frozen)
+    captions = sorted(captions_of(config, data.discovery))
+    fill_texts(config, captions, store, text, encoders, signature, accelerator)
+    stored: dict[PromptText, TensorRecord] = {}
+    # Prompts apart: a batch's company moves the last bits, and samples must not change the training.
+    for reader, prompts in prompt_readers(text, requests):
+        own = cached_text_signature(config, reader, precision.frozen)
+        fill_texts(config, [prompt.text for prompt in prompts], store, reader, encoders, own, accelerator)
+        stored |= stored_prompts(store, reader, own, prompts)
     if encoders.cache_info().currsize:
         encoders.cache_clear()
         release_memory()
-    return TextSide(store=store, signature=signature, prompts=stored_prompts(store, text, signature, prompts))
+    return TextSide(store=store, signature=signature, prompts=stored)
+
+
+def prompt_readers(
+    text: TextEncodingStrategy, requests: Sequence[PromptRequest]
+) -> Iterator[tuple[TextEncodingStrategy, list[PromptText]]]:
+    """The texts of sample pictures, with the strategy that reads them: prompts first, then negative prompts."""
+    prompts = list(dict.fromkeys(prompt for request in requests for prompt in request.texts))
+    for negative, reader in ((False, text), (True, text.for_negatives())):
+        if chosen := [prompt for prompt in prompts if prompt.negative == negative]:
+            yield reader, chosen
+
+
+def cached_text_signature(config: RunConfig, text: TextEncodingStrategy, dtype: torch.dtype) -> dict[str, str]:
+    """What stored text features depend on besides the caption; ``dtype`` is the encoders'."""
+    return {**text_signature(text, dtype), **base_weights_signature(config)}
 
 
 class LatentPreparation:
@@ -144,12 +179,12 @@ class LatentPreparation:
 
 
 def stored_prompts(
-    store: TensorStore, text: TextEncodingStrategy, signature: Mapping[str, str], prompts: Sequence[str]
-) -> dict[str, TensorRecord]:
+    store: TensorStore, text: TextEncodingStrategy, signature: Mapping[str, str], prompts: Sequence[PromptText]
+) -> dict[PromptText, TensorRecord]:
     """Features of sample prompts from the store, a row each; the empty prompt is unconditional, as in training."""
-    stored = {prompt: text.unpack([store.read(text_key(prompt, signature))]) for prompt in prompts}
-    if "" in stored:
-        stored[""] = text.drop(stored[""], torch.ones(1, dtype=torch.bool))
+    stored = {prompt: text.unpack([store.read(text_key(prompt.text, signature))]) for prompt in prompts}
+    if (empty := PromptText("")) in stored:
+        stored[empty] = text.drop(stored[empty], torch.ones(1, dtype=torch.bool))
     return stored
 
 

@@ -2,14 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from library.config.sampling import SkipLayerGuidance
 from library.records import TensorRecord
-from library.sampling.pictures import encode_prompts, generate, save_picture
-from library.sampling.prompts import PromptRequest
+from library.sampling.drawing import draw
+from library.sampling.pictures import encode_prompts
+from library.sampling.previews import Previews, fit_latent_colours
+from library.sampling.prompts import PromptRequest, PromptText
 from library.training.checkpoints import (
+    RAW,
     averaged_weights,
     epoch_name,
     remove_old,
@@ -17,6 +21,7 @@ from library.training.checkpoints import (
     save_weights,
     step_name,
 )
+from library.training.ema import WeightAverage
 from library.training.run import Run, StepHook
 from library.training.validation import Validation
 
@@ -62,6 +67,20 @@ def scale_weight_norms(limit: float) -> StepHook:
         )
 
     return StepHook(always, act)
+
+
+def average(average: WeightAverage, interval: int) -> StepHook:
+    """Take the weights into their moving average every ``interval`` optimizer steps."""
+    return StepHook(every(interval, None), lambda run, done: average.update())
+
+
+def looks(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """The ways to look at the weights: what goes after names, and a context in which the weights are those."""
+    mode = run.config.ema.ema_validation if run.average is not None else "ema_only"
+    if mode != "none":
+        yield "", averaged_weights(run)
+    if mode != "ema_only":
+        yield RAW if mode == "comparison" else "", nullcontext()
 
 
 def log_numbers() -> StepHook:
@@ -135,11 +154,12 @@ class SampleTaker:
     def __init__(
         self,
         requests: Sequence[PromptRequest],
-        texts: Mapping[str, TensorRecord] | None,
-        sampler: str,
+        texts: Mapping[PromptText, TensorRecord] | None,
         skip: SkipLayerGuidance | None,
+        preview_every: int | None = None,
     ):
-        self.requests, self.texts, self.sampler, self.skip = requests, texts, sampler, skip
+        self.requests, self.texts, self.skip, self.preview_every = requests, texts, skip, preview_every
+        self._previews: Previews | None = None
 
     def take(self, run: Run, done: int, label: str) -> list[Path]:
         """Draw this process's share of the prompts; returns the pictures' files."""
@@ -149,32 +169,42 @@ class SampleTaker:
         assert run.vae is not None
         vae_device = next(run.vae.parameters()).device
         run.trainable.eval()
+        run.vae.to(run.device)
         written = []
-        with averaged_weights(run):
-            texts = self.texts or encode_prompts(run.text, run.text_encoders, self.requests)
-            run.vae.to(run.device)
-            for index, request in enumerate(self.requests):
-                if index % run.accelerator.num_processes != run.accelerator.process_index:
-                    continue
-                with run.accelerator.autocast():
-                    image, settings = generate(
-                        run.family,
-                        run.denoiser,
-                        run.vae,
-                        texts,
-                        request,
-                        sampler=self.sampler,
-                        device=run.device,
-                        dtype=run.weight_dtype,
-                        skip=self.skip,
-                    )
-                path = folder / f"{run.config.saving.output_name}_{label}_{index:02d}_{request.seed}.png"
-                save_picture(image, path, settings)
-                written.append(path)
+        if self.preview_every is not None and self._previews is None:
+            self._previews = Previews(fit_latent_colours(run.family.latents, run.vae), self.preview_every)
+        for suffix, weights in looks(run):
+            with weights:
+                written += self._draw(run, f"{run.config.saving.output_name}_{label}{suffix}", folder)
         run.vae.to(vae_device)
         run.trainable.train()
         run.accelerator.wait_for_everyone()
         run.trackers.pause_clock(time.monotonic() - started)
+        return written
+
+    def _draw(self, run: Run, stem: str, folder: Path) -> list[Path]:
+        assert run.vae is not None
+        texts = self.texts or encode_prompts(run.text, run.text_encoders, self.requests)
+        written = []
+        for index, request in enumerate(self.requests):
+            if index % run.accelerator.num_processes != run.accelerator.process_index:
+                continue
+            path = folder / f"{stem}_{index:02d}_{request.file_stem}.png"
+            with run.accelerator.autocast():
+                draw(
+                    run.family,
+                    run.denoiser,
+                    run.vae,
+                    texts,
+                    request,
+                    path,
+                    device=run.device,
+                    dtype=run.weight_dtype,
+                    skip=self.skip,
+                    previews=self._previews,
+                    facts={},
+                )
+            written.append(path)
         return written
 
 
@@ -194,13 +224,16 @@ def validate(validation: Validation, *, steps: int | None, epochs: int | None) -
     def act(run: Run, done: int) -> None:
         started = time.monotonic()
         run.trainable.eval()
-        with averaged_weights(run):
-            result = validation.measure(run)
+        for suffix, weights in looks(run):
+            with weights:
+                result = validation.measure(run)
+            name = f"loss/validation{suffix}"
+            numbers = {name: result.mean, f"{name}_standard_error": result.standard_error}
+            numbers |= {f"{name}/level_{number}": loss for number, loss in enumerate(result.levels, start=1)}
+            run.trackers.log(done, numbers)
+            of = " of the weights as they are trained" if suffix else ""
+            run.trackers.say(f"step {done}: validation loss{of} {result.mean:.5f} ± {result.standard_error:.5f}")
         run.trainable.train()
-        numbers = {"loss/validation": result.mean, "loss/validation_standard_error": result.standard_error}
-        numbers |= {f"loss/validation/level_{number}": loss for number, loss in enumerate(result.levels, start=1)}
-        run.trackers.log(done, numbers)
-        run.trackers.say(f"step {done}: validation loss {result.mean:.5f} ± {result.standard_error:.5f}")
         run.trackers.pause_clock(time.monotonic() - started)
 
     return StepHook(every(steps, epochs), act)

@@ -76,8 +76,15 @@ def run_metadata(
     return {key: str(value) for key, value in known.items() if value is not None}
 
 
-def checkpoint_metadata(run: Run, done: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """All metadata of a file with ``tensors``, saved after ``done`` optimizer steps."""
+def checkpoint_metadata(run: Run, done: int, facts: Mapping[str, str], *, kind: str) -> dict[str, str]:
+    """All metadata of a file that is saved after ``done`` optimizer steps.
+
+    Args:
+        run: The run.
+        done: Optimizer steps.
+        facts: More entries of this file.
+        kind: What ``modelspec.architecture`` says after the model: ``/lora``, or nothing.
+    """
     saving = run.config.saving
     now = time.time()
     metadata = {
@@ -85,8 +92,8 @@ def checkpoint_metadata(run: Run, done: int, tensors: Mapping[str, Tensor]) -> d
         "ss_steps": str(done),
         "ss_epoch": str(run.epoch_number(done)),
         "ss_training_finished_at": str(now),
-        **_modelspec(run, now),
-        "sshs_model_hash": tensor_hash(tensors),
+        **_modelspec(run, now, kind),
+        **facts,
     }
     if not saving.no_metadata:
         return metadata
@@ -101,13 +108,13 @@ def checkpoint_metadata(run: Run, done: int, tensors: Mapping[str, Tensor]) -> d
     return {key: value for key, value in metadata.items() if key in minimal or key.startswith("modelspec.")}
 
 
-def _modelspec(run: Run, now: float) -> dict[str, str]:
+def _modelspec(run: Run, now: float, kind: str) -> dict[str, str]:
     saving, description = run.config.saving, run.family.description
     sizes = {dataset.resolution for dataset in run.config.datasets}
     largest = max(sizes, key=lambda resolution: resolution.area)
     values = {
         "sai_model_spec": MODELSPEC,
-        "architecture": f"{description.architecture}/lora",
+        "architecture": f"{description.architecture}{kind}",
         "implementation": description.implementation or None,
         "title": saving.metadata_title or saving.output_name,
         "resolution": str(largest),

@@ -12,7 +12,7 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.data.report import DataReport
-from library.data.report_lines import report_lines
+from library.data.report_lines import WARNING, report_lines
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.training.data import TrainingData, file_index, find_data
 from library.training.report import data_report
@@ -83,7 +83,7 @@ def prepare_data(
         if accelerator.is_main_process:
             report = data_report(config, data, plan, family, text, accelerator.num_processes)
             for line in report_lines(report):
-                log.info(line)
+                log.log(logging.WARNING if line.startswith(WARNING) else logging.INFO, line.removeprefix(WARNING))
         bad = fill(data)
         if not bad:
             break

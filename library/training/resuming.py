@@ -9,16 +9,17 @@ from library.config.options import option_values
 from library.config.run import RunConfig
 
 # What the optimizer's state and the adapter's tensors hold already, whatever is typed now.
-_FIXED_GROUPS = ("network", "optimizer")
+_FIXED_GROUPS = ("network", "full", "optimizer")
 _FREE_OPTIONS = {
     "max_grad_norm",
     "scale_weight_norms",
     "save_format",
+    "save_parts",
     "network_weights",
     "lr_decay_steps",
 }
 # What may change the numbers that come, but can be changed on purpose.
-_NOTED_GROUPS = ("family", "flow", "loss", "data", "pictures", "captions")
+_NOTED_GROUPS = ("family", "flow", "loss", "data", "pictures", "captions", "ema")
 _NOTED_OPTIONS = {"mixed_precision", "full_fp16", "full_bf16", "caption_variants"}
 _UNIMPORTANT_OPTIONS = {
     "max_data_loader_n_workers",
@@ -58,7 +59,7 @@ def changes_since(config: RunConfig, folder: str, progress: Mapping[str, Any], f
     if fixed:
         raise ConfigError(
             f"--resume {folder}: the state has settled what these options say otherwise: {', '.join(fixed)}. Leave "
-            "them as they were, or start a new run with --network_weights"
+            "them as they were, or start a new run from the saved weights"
         )
     lines = [f"changed since the state was saved: {change}" for change in noted]
     if fingerprint != progress["plan"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -12,8 +12,12 @@ from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.records import Batch
+from library.training.ema import WeightAverage
 from library.training.losses import LossHistory
 from library.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from library.training.jobs import Job
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Run:
     Attributes:
         config: What the user asked for, validated.
         seed: Of every random draw.
+        job: What kind of training it is.
         family: The architecture's parts.
         accelerator: Device, precision and processes.
         plan: Which samples each optimizer step uses.
@@ -40,11 +45,13 @@ class Run:
         hooks: Called in order after each optimizer step.
         trackers: Where numbers are logged.
         history: Losses of the steps so far.
+        average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
     """
 
     config: RunConfig
     seed: int
+    job: "Job"
     family: ModelFamily
     accelerator: Accelerator
     plan: BatchPlan
@@ -62,6 +69,7 @@ class Run:
     trackers: Trackers
     history: LossHistory
     metadata: dict[str, str]
+    average: WeightAverage | None = None
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 
@@ -89,6 +97,8 @@ class Run:
         try:
             self.batches.close()
         finally:
+            if self.average is not None:
+                self.average.close()
             self.trackers.close()
 
     def epoch_ended(self, done: int) -> bool:

@@ -23,13 +23,17 @@ from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
 from library.memory.checkpointing import enable_checkpointing
-from library.sampling.prompts import PromptRequest, read_prompts
+from library.sampling.prompts import PromptRequest
+from library.sampling.requests import requested_samples
 from library.training import data as training_data
 from library.training import hooks
-from library.training.checkpoints import read_progress, restore_state
+from library.training.checkpoints import restore_state, resumed_progress
 from library.training.checks import check_run
+from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
 from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
+from library.training.full_model import DENOISER
+from library.training.jobs import job_of
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
@@ -42,7 +46,6 @@ from library.training.schedules import create_schedule
 from library.training.step import encoded
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
 from library.training.validation import Validation
-from networks.loading import create_network
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +68,16 @@ def trained_components(config: RunConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: All that is wrong, one line each.
     """
-    if config.training.resume:
-        read_progress(config.training.resume)
+    resumed_progress(config)
     family = create_family(config.family_name, config)
     return check_run(config, family, accelerator_available=has_accelerator())
 
 
 def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     """Everything that a run needs, made in the order that keeps the least in memory."""
-    assert config.network is not None and config.optimizer.learning_rate is not None
-    progress = read_progress(config.training.resume) if config.training.resume else None
+    assert config.optimizer.learning_rate is not None
+    job = job_of(config)
+    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     check_run(config, family, accelerator_available=has_accelerator())
     log_in(config.logging)
@@ -86,18 +89,26 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         make_folder(name, folder)
     for line in precision.notes:
         log.info(line)
+    if warning := family.description.precision_warnings.get(precision.mixed):
+        log.warning(warning)
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)
     prepared = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=preparation.fill)
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
-    text_side = prepare_text(config, data, family, text, requests, precision, accelerator)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=precision.frozen)
-    network = prepare_network(config, family, denoiser, text_side, seed, precision, accelerator)
+    components = job.check(config, family)
+    dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
+    trained = {name: dtypes[name] for name in components if name != DENOISER}
+    text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
+    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtypes[DENOISER])
+    merge_base_weights(config, family, {DENOISER: denoiser})
+    roots = {DENOISER: denoiser, **text_side.encoders}
+    trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
+    save_memory(config, family, denoiser)
     created = create_optimizer(
         config.optimizer.name,
         config.optimizer.optimizer_args,
-        network.parameter_groups(config.optimizer),
+        trainable.parameter_groups(config.optimizer),
         learning_rate=config.optimizer.learning_rate,
         device=accelerator.device,
     )
@@ -130,12 +141,13 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     run = Run(
         config=config,
         seed=seed,
+        job=job,
         family=family,
         accelerator=accelerator,
         plan=plan,
         batches=training_data.loader(config, reader, micro_batches, accelerator),
         denoiser=denoiser,
-        trainable=network,
+        trainable=trainable,
         text=text,
         text_encoders=text_side.encoders,
         vae=latent_side.vae,
@@ -158,6 +170,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             },
         ),
     )
+    if config.ema.use_ema:
+        device = run.device if config.ema.ema_device == "accelerator" else torch.device("cpu")
+        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, device)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if config.training.resume and progress:
@@ -229,48 +244,32 @@ def resolve_seed(config: RunConfig, progress: dict[str, Any] | None, accelerator
 
 
 def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[PromptRequest]:
-    """The sample prompts; none unless something asks for samples."""
-    sampling = config.sampling
-    if not sampling.sample_prompts:
-        return []
-    return read_prompts(
-        sampling.sample_prompts,
-        native_resolution=family.description.native_resolution,
-        largest_side=family.description.largest_side,
-        resolution_step=family.latents.format.resolution_step,
-        seed=seed,
-    )
+    """The sample pictures; none unless something asks for samples."""
+    step = family.latents.format.resolution_step
+    return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed)
 
 
-def prepare_network(
-    config: RunConfig,
-    family: ModelFamily,
-    denoiser: nn.Module,
-    text_side: TextSide,
-    seed: int,
-    precision: Precision,
-    accelerator: Accelerator,
-) -> Any:
-    """Merge ``--base_weights``, inject the adapter, switch checkpointing on."""
-    roots = {"denoiser": denoiser, **text_side.encoders}
-    merge_base_weights(config, family, {"denoiser": denoiser})
-    network = create_network(config, roots, family.adapter_targets, seed)
-    network.to(accelerator.device, precision.trained)
+def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> None:
+    """Switch on what trades time for memory."""
     blocks = list(family.blocks(denoiser))
     for line in resolve_block_swap(config, len(blocks), accelerator_available=has_accelerator()):
         log.info(line)
     if config.memory.gradient_checkpointing:
         enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
-    return network
+
+
+def trained_parameters(run: Run) -> dict[str, nn.Parameter]:
+    """What the optimizer changes, by the names of the state for resuming."""
+    changed = {id(parameter) for parameter in run.parameters}
+    return {name: value for name, value in run.trainable.named_parameters() if id(value) in changed}
 
 
 def sample_taker(config: RunConfig, requests: Sequence[PromptRequest], text_side: TextSide) -> hooks.SampleTaker | None:
     """What draws the samples; None when there are no prompts."""
     if not requests:
         return None
-    return hooks.SampleTaker(
-        requests, text_side.prompts, config.sampling.sample_sampler, SkipLayerGuidance.of(config.sampling)
-    )
+    skip = SkipLayerGuidance.of(config.sampling)
+    return hooks.SampleTaker(requests, text_side.prompts, skip, config.sampling.preview_every)
 
 
 def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation | None) -> list[StepHook]:
@@ -279,6 +278,8 @@ def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation
     made: list[StepHook] = []
     if config.network is not None and config.network.scale_weight_norms:
         made.append(hooks.scale_weight_norms(config.network.scale_weight_norms))
+    if run.average is not None:
+        made.append(hooks.average(run.average, config.ema.ema_update_interval))
     made.append(hooks.log_numbers())
     if validation is not None:
         steps, epochs = config.validation.validate_every_n_steps, config.validation.validate_every_n_epochs

@@ -13,9 +13,9 @@ from library.config.run import RunConfig
 from library.data.cache_keys import text_key
 from library.families import create_family
 from library.families.protocols import ModelFamily
-from library.training.checkpoints import read_progress
-from library.training.data import TrainingData, captions_of, find_data, latent_items, latent_signature, text_signature
-from library.training.encoders import LatentPreparation, base_weights_signature, prepare_text
+from library.training.checkpoints import resumed_progress
+from library.training.data import TrainingData, captions_of, find_data, latent_items, latent_signature
+from library.training.encoders import LatentPreparation, cached_text_signature, prepare_text, prompt_readers
 from library.training.precision import resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.setup import has_accelerator, make_folder, resolve_seed, sample_requests, start_accelerator
@@ -52,7 +52,7 @@ def fill_cache(config: RunConfig) -> Filling:
         raise ConfigError(
             "nothing would be kept: add --cache_latents_to_disk, --cache_text_encoder_outputs_to_disk, or both"
         )
-    progress = read_progress(config.training.resume) if config.training.resume else None
+    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = start_accelerator(config, precision)
@@ -99,9 +99,12 @@ def used_entries(config: RunConfig) -> dict[str, set[str]]:
                 used["latents"].add(item.key)
                 used["masks"].add(item.mask_key)
         if config.caching.cache_text_encoder_outputs_to_disk:
-            signature = {**text_signature(family.text_strategy(), dtype), **base_weights_signature(config)}
-            prompts = [text for request in sample_requests(config, family, seed) for text in request.texts]
-            used["text"].update(text_key(text, signature) for text in (*captions_of(config, everything), *prompts))
+            text = family.text_strategy()
+            signature = cached_text_signature(config, text, dtype)
+            used["text"].update(text_key(caption, signature) for caption in captions_of(config, everything))
+            for reader, prompts in prompt_readers(text, sample_requests(config, family, seed)):
+                signature = cached_text_signature(config, reader, dtype)
+                used["text"].update(text_key(prompt.text, signature) for prompt in prompts)
     return used
 
 

@@ -38,6 +38,18 @@ OPTIONS = {
         "--validation_guidance_skip_layers 9: the denoiser has blocks 0 to 2",
         "tests/data/keys: a prompt file ends in .txt",
     ),
+    "sizes of samples": (
+        {"validation_resolution": "1024*1024"}, "--validation_resolution: expected sizes such as 1024x1024,1280x768",
+    ),
+    "a size of samples": (
+        {"validation_prompt": "a cat", "sample_at_first": True, "validation_resolution": "64x72"},
+        "--validation_resolution 64x72: height 72 isn't a multiple of 16; the nearest are 64 and 80",
+    ),
+    "no table of sizes": (
+        {"validation_prompt": "a cat", "sample_at_first": True, "use_resolution_binning": True},
+        "--use_resolution_binning does nothing for Stable Diffusion 3.5 medium: it has no table of sizes",
+    ),
+    "previews of nothing": ({"preview_every": 5}, "--preview_every does nothing without --sample_prompts"),
     "no such base weights": (
         {"base_weights": ["a", "b"]}, "--base_weights a: no such file", "--base_weights b: no such file",
     ),

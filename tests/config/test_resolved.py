@@ -83,7 +83,7 @@ def test_a_drawn_seed_is_written():
 
 
 def test_datasets_are_described():
-    assert '#   subsets[0]: pictures in "cats", 1 repeats' in resolved_toml(run_config()).splitlines()
+    assert '#   subsets[0]: pictures in "cats", num_repeats 1' in resolved_toml(run_config()).splitlines()
 
 
 @given(

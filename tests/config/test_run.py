@@ -10,7 +10,19 @@ from library.config.dataset import DatasetConfig, SubsetConfig
 from library.config.options import option_values
 from library.config.run import make_run_config, training_groups
 from library.families import family_options
-from library.records import Resolution
+from library.records import ModelDescription, Resolution
+
+MODEL = ModelDescription(
+    title="model",
+    architecture="model",
+    base_model_version="1",
+    parameters=1,
+    sizes={},
+    native_resolution=Resolution(512, 512),
+    blocks=4,
+    trainable_text_encoders=("clip_l", "clip_g"),
+    save_layouts={"safetensors": ("vae", "text_encoders"), "diffusers": ("vae", "text_encoders")},
+)
 
 
 def run_config(*argv, datasets=None, network=True):
@@ -133,11 +145,53 @@ def test_learning_rate_of_adapters_is_derived():
 
 def test_a_full_fine_tune_names_its_learning_rate():
     config = run_config(network=False)
-    assert config.network is None
-    assert [problem.split()[0] for problem in config.problems()] == ["--learning_rate"]
-    assert run_config("--learning_rate", "1e-5", network=False).problems() == []
-    problems = run_config("--learning_rate", "1e-5", "--unet_lr", "1e-5", network=False).problems()
-    assert problems == ["--unet_lr is for adapters; a full fine-tune has --learning_rate alone"]
+    assert config.network is None and config.problems() == []
+    assert [problem.split()[0] for problem in config.model_problems(MODEL)] == ["--learning_rate"]
+    assert run_config("--learning_rate", "1e-5", network=False).model_problems(MODEL) == []
+    sure = dataclasses.replace(MODEL, defaults={"learning_rate": 1e-5})
+    config = config.with_model_defaults(sure)
+    assert config.model_problems(sure) == [] and config.optimizer.learning_rate == 1e-5
+    assert run_config().with_model_defaults(sure).optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--unet_lr", "1e-5"], "--unet_lr is for adapters"),
+        (["--text_encoder_lr", "1e-5"], "--text_encoder_lr 1e-05 does nothing without --train_text_encoder"),
+        (["--train_text_encoder", "--text_encoder_lr", "0", "0"], "--train_text_encoder trains nothing"),
+        (["--train_text_encoder", "--cache_text_encoder_outputs"], "--cache_text_encoder_outputs keeps text"),
+        (["--save_parts", "vae", "vae"], "--save_parts vae vae names a part twice"),
+    ],
+)
+def test_contradictions_in_a_full_fine_tune(argv, problem):
+    (found,) = run_config("--learning_rate", "1e-5", *argv, network=False).problems()
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes", "problem"),
+    [
+        (["--train_text_encoder"], {"trainable_text_encoders": ()}, "--train_text_encoder does nothing: this model's"),
+        (["--train_text_encoder", "--text_encoder_lr", "1", "2", "3"], {}, "--text_encoder_lr takes one value, or one"),
+        (["--save_model_as", "pth"], {}, "--save_model_as pth: this model is written as safetensors or diffusers"),
+        (
+            ["--save_parts", "vae"],
+            {"save_layouts": {"safetensors": (), "diffusers": ("vae",)}},
+            "--save_parts vae: such a file holds the denoiser alone; use --save_model_as diffusers",
+        ),
+    ],
+)
+def test_what_a_model_can_not_do_in_a_full_fine_tune(argv, changes, problem):
+    config = run_config("--learning_rate", "1e-5", *argv, network=False)
+    assert config.problems() == []
+    (found,) = config.model_problems(dataclasses.replace(MODEL, **changes))
+    assert found.startswith(problem)
+
+
+def test_adapters_are_safetensors():
+    (problem,) = run_config("--save_model_as", "diffusers").problems()
+    assert problem.startswith("--save_model_as diffusers is for a full fine-tune")
 
 
 def test_who_trains_text_encoders():

@@ -653,6 +653,22 @@ def test_skipping_a_block_acts_inside_and_leaves_nothing_behind(model):
     assert network.modules_by_name
 
 
+@torch.no_grad()
+def test_negative_prompts_stack_with_prompts(model):
+    reader = model.strategy.for_negatives()
+    prompt, negative, empty = (
+        strategy.encode(model.encoders, strategy.tokenize([text]))
+        for strategy, text in ((model.strategy, "a cat"), (reader, "a cat"), (reader, ""))
+    )
+    stacked = type(prompt).cat([prompt, negative, empty])
+    assert len(stacked) == 3 and type(negative) is type(prompt)
+    own = model.strategy.encode(model.encoders, model.strategy.tokenize([""]))
+    for name, tensor in own.tensors().items():
+        torch.testing.assert_close(empty.tensors()[name], tensor, atol=1e-5, rtol=1e-5)
+    read_alike = all(torch.equal(tensor, prompt.tensors()[name]) for name, tensor in negative.tensors().items())
+    assert read_alike == (reader.signature() == model.strategy.signature())
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_pictures_are_made(model, sampler):
     size = model.resolution(3, 2)

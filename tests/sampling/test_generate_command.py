@@ -18,6 +18,7 @@ from library.families.sd3.family import Sd3Family, create
 from library.families.sd3.options import Sd3Options
 from library.io.safetensors import save_tensors
 from library.records import ModelDescription, Resolution
+from library.sampling import previews
 from library.sampling.generate_command import main, picture_requests
 from networks.lora import inject
 from networks.lora_settings import LoraSettings
@@ -108,6 +109,31 @@ def part_of(adapter: str, prefix: str, folder: Path) -> str:
     return str(path)
 
 
+def test_previews_are_written_and_replaced(tmp_path, model, monkeypatch):
+    written, save = [], previews.save_picture
+
+    def watched(image, path, settings):
+        save(image, path, settings)
+        written.append((Path(path).name, image.size, settings["steps_done"], settings["model"]))
+
+    monkeypatch.setattr(previews, "save_picture", watched)
+    words = ["--pretrained_model_name_or_path", model, "--prompt", "a cat", "--seed", "5", "--output_name", "x"]
+    (plain,) = run(tmp_path, *words)
+    (picture,) = run(tmp_path, *words, "--preview_every", "1")
+    assert picture.tobytes() == plain.tobytes()
+    name = "x_000_5_preview.png"
+    assert written == [(name, (48, 32), 1, Path(model).name), (name, (48, 32), 2, Path(model).name)]
+
+
+def test_a_library_of_prompts(tmp_path, model):
+    library = tmp_path / "library.json"
+    library.write_text('{"the cat": "a cat", "dog": "a dog --d 9"}')
+    words = ["--pretrained_model_name_or_path", model, "--output_name", "x", "--seed", "5"]
+    cat, dog = run(tmp_path, *words, "--user_prompt_library", str(library))
+    assert Path(cat.filename).name == "x_000_the cat_5.png" and Path(dog.filename).name == "x_001_dog_9.png"
+    assert json.loads(cat.text["atelier"])["name"] == "the cat"
+
+
 def largest_difference(one: Image.Image, other: Image.Image) -> int:
     pixels = (torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int() for picture in (one, other))
     first, second = pixels
@@ -159,6 +185,12 @@ def test_encoders_are_gone_before_the_denoiser_comes(tmp_path, model, adapter, m
             ["--prompt", "x", "--validation_guidance_skip_layers", "40"],
             "--validation_guidance_skip_layers 40: the denoiser",
         ),
+        (["--prompt", "x", "--preview_every", "3"], "--preview_every 3 does nothing: no picture has more than 3 steps"),
+        (
+            ["--prompt", "x", "--use_resolution_binning"],
+            "--use_resolution_binning does nothing for Stable Diffusion 3.5 medium: it has no table of sizes",
+        ),
+        (["--prompt", "x", "--no-use_resolution_binning"], "--no-use_resolution_binning does nothing for Stable"),
         (["--prompt", "x", "--mixed_precision", "fp16"], "--mixed_precision fp16: CPUs have no fast fp16"),
         (["--prompt", "x", "--device", "cuda:77"], "--device cuda:77 can't be used"),
         (["--prompt", "x", "--family", "sd4"], "--family: expected one of sd3"),

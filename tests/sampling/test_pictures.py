@@ -35,6 +35,9 @@ class Strategy:
     def drop(self, text, dropped):
         return Text(torch.where(dropped[:, None], -1.0, text.features))
 
+    def for_negatives(self):
+        return self
+
 
 class Latents:
     format = LatentFormat(channels=3, stride=2, patch=2, scale=2.0, shift=0.5)
@@ -103,7 +106,7 @@ def test_texts_are_encoded_once_and_the_empty_one_is_unconditional():
     requests = [request(negative_prompt=""), request(), request(prompt="x", scale=1.0, negative_prompt="unused")]
     texts = encode_prompts(strategy, encoders, requests)
     assert strategy.encoded == ["12345", "", "ab", "x"]
-    assert {text: record.features.tolist() for text, record in texts.items()} == {
+    assert {prompt.text: record.features.tolist() for prompt, record in texts.items()} == {
         "12345": [[5.0]],
         "": [[-1.0]],
         "ab": [[2.0]],

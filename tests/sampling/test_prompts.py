@@ -134,7 +134,7 @@ def test_json(tmp_path):
     cat, nothing = read(tmp_path, "prompts.json", content)
     assert (cat.prompt, cat.seed) == ("a cat", 4)
     assert (nothing.prompt, nothing.scale, nothing.seed) == ("", 1.0, 2)
-    assert nothing.texts == ("",)
+    assert nothing.texts == (("", False),)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,9 @@ def test_fallbacks_give_way_to_the_line(tmp_path):
 
 def test_texts_needed():
     size = {"width": 16, "height": 16, "seed": 0}
-    assert PromptRequest(prompt="a", negative_prompt="b", **size).texts == ("a", "b")
-    assert PromptRequest(prompt="a", negative_prompt="b", scale=1.0, **size).texts == ("a",)
+    assert PromptRequest(prompt="a", negative_prompt="b", **size).texts == (("a", False), ("b", True))
+    assert PromptRequest(prompt="", negative_prompt="", **size).texts == (("", False), ("", False))
+    assert PromptRequest(prompt="a", negative_prompt="b", scale=1.0, **size).texts == (("a", False),)
 
 
 def test_light():

@@ -124,7 +124,7 @@ def test_help_lists_the_options_of_the_script(capsys):
     assert cache("fill", "sd3", "--help") == 0
     printed = capsys.readouterr().out
     assert (
-        "usage: python -m tools.cache fill sd3 --option value ..." in printed
+        "usage: python -m tools.cache fill sd3_train_network --option value ..." in printed
         and "--[no-]cache_latents_to_disk" in printed
     )
 
@@ -234,6 +234,17 @@ def test_what_no_run_uses_goes(trainer, capfd):
         assert len(store.missing(everything["latents"])) == 4
     assert trainer("first", **ON_DISK) == 0
     assert "loading the" not in capfd.readouterr().err.replace("loading the denoiser", "")
+
+
+def test_the_cache_of_a_full_fine_tune(sana_trainer, capfd):
+    options = {**dict.fromkeys(KEPT, True), "save_parts": ["vae"], "save_model_as": "diffusers"}
+    assert cache("fill", "sana_train", *sana_trainer.arguments("out", **options)) == 0
+    assert "loading the VAE" in capfd.readouterr().err
+    assert sana_trainer("out", **options) == 0
+    assert "loading the" not in capfd.readouterr().err
+    before = held(sana_trainer.folder / "out" / "cache")
+    assert cache("gc", "--delete", sana_trainer.folder / "out" / "run-run.toml") == 0
+    assert held(sana_trainer.folder / "out" / "cache") == before and before["text"]
 
 
 def test_everything_that_a_run_may_ask_for_is_kept(trainer, fill, capfd, tmp_path):

@@ -178,6 +178,48 @@ def test_every_key_is_written_or_named(configuration, capsys):
         assert key in answered | prompts or renamed.get(key, key) in run or f"  {key} " in said, key
 
 
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ({"validation_preview": "true", "validation_preview_steps": 4}, 4),
+        ({"validation_preview": True}, 1),
+        ({"validation_preview": False, "validation_preview_steps": 4}, None),
+        ({"validation_preview_steps": 4}, None),
+    ],
+)
+def test_previews_come_through_where_they_are_on(configuration, options, every):
+    assert configuration({**LORA, **options}, [PICTURES, TEXTS]) == 0
+    config, problems = imported()
+    assert problems == []
+    assert config.sampling.preview_every == every
+
+
+def test_a_moving_average_comes_through(configuration, capsys):
+    average = {"use_ema": True, "ema_decay": 0.999, "ema_update_interval": 5, "ema_device": "accelerator"}
+    assert configuration({**LORA, **average, "ema_cpu_only": True}, [PICTURES, TEXTS]) == 0
+    config, problems = imported()
+    assert problems == []
+    assert (config.ema.use_ema, config.ema.ema_decay, config.ema.ema_update_interval) == (True, 0.999, 5)
+    assert (config.ema.ema_device, config.ema.ema_validation) == ("accelerator", "comparison")
+    assert "  ema_cpu_only true: use --ema_device cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use", [{}, {"use_ema": False}, {"use_ema": "false"}])
+def test_settings_of_no_average_are_left_out(configuration, capsys, use):
+    assert configuration({**LORA, **use, "ema_decay": 0.999, "ema_validation": "none"}, [PICTURES, TEXTS]) == 0
+    config, problems = imported()
+    assert problems == [] and not config.ema.use_ema
+    said = capsys.readouterr().out
+    assert "  ema_decay 0.999: nothing is averaged without use_ema" in said and "  ema_validation " in said
+
+
+def test_an_average_beside_an_optimizers_own_is_left_out(configuration, capsys):
+    own = {"optimizer": "AdamWScheduleFree", "use_ema": True, "ema_decay": 0.999}
+    assert configuration({**LORA, **own}, [PICTURES, TEXTS]) == 0
+    assert imported()[1] == []
+    assert "  use_ema: AdamWScheduleFree averages the weights by itself" in capsys.readouterr().out
+
+
 def read_toml_text(path):
     with open(path, encoding="utf-8") as file:
         return file.read()

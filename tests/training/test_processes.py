@@ -25,3 +25,24 @@ def test_two_processes_equal_one_with_twice_the_accumulation(trainer):
     assert trainer("resumed", **options, gradient_accumulation_steps=2, resume=state) == 0
     later = {step: loss for step, loss in trainer.losses("one").items() if step > 2}
     assert trainer.losses("resumed") == pytest.approx(later, rel=1e-5)
+
+
+def test_every_process_has_the_same_moving_average(trainer):
+    options = {**CACHED, "use_ema": True, "ema_decay": 0.5}
+    options |= {"optimizer_type": "SGDNesterov", "learning_rate": 0.5, "ema_validation": "comparison"}
+    options |= {"validation_split": 0.5, "validate_every_n_steps": 2}
+    trainer.launch(2, "two", **options)
+    assert trainer("one", **options, gradient_accumulation_steps=2) == 0
+    measured = [
+        [
+            line[name]
+            for line in trainer.log(output)
+            for name in ("loss/validation", "loss/validation_raw")
+            if name in line
+        ]
+        for output in ("two", "one")
+    ]
+    assert len(measured[0]) == 4 and len(set(measured[0])) == 4
+    assert measured[0] == pytest.approx(measured[1], rel=1e-5)
+    one, two = trainer.weights("one"), trainer.weights("two")
+    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7) for name in one)

@@ -1,22 +1,28 @@
-"""A trained denoiser as a file in NVlabs' layout, or as the folder that diffusers loads."""
+"""A trained denoiser as a file in NVlabs' layout, or a model as the folder that diffusers loads."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.families.sana.key_maps import denoiser_key_maps
+from library.families.sana.checkpoint import read_vae_config
+from library.families.sana.dc_ae import DCAEConfig
+from library.families.sana.files import SanaFiles
+from library.families.sana.key_maps import denoiser_key_maps, vae_key_maps
 from library.families.sana.linear_dit import LinearDiTConfig
 from library.families.sana.options import LATENTS
-from library.io.atomic import atomic_path, write_text
-from library.io.key_maps import to_diffusers
-from library.io.safetensors import is_finite, save_tensors
+from library.io.atomic import atomic_path
+from library.io.diffusers_folder import ENCODER_STEM, MODEL_STEM, copy_tokenizer, save_component, write_json
+from library.io.key_maps import KeyMap, from_diffusers, to_diffusers
+from library.io.parts import Part
+from library.io.safetensors import LazyTensors, is_finite, load_tensors, save_tensors
+from library.text_encoders.gemma import decoder_weights, gemma_config
 
 EMPTY_CAPTION = "y_embedder.y_embedding"
-STEM = "diffusion_pytorch_model"
+
+Weights = Mapping[str, Tensor]
 
 
 def save_single(
@@ -75,9 +81,120 @@ def save_folder(
     """
     maps = denoiser_key_maps(depth=config.depth, qk_norm=config.qk_norm)
     theirs = dict(to_diffusers(tensors, maps))
-    save_tensors(theirs, folder / f"{STEM}.safetensors", {"format": "pt", **metadata}, dtype=dtype)
-    text = json.dumps(diffusers_config(config, image_size), indent=2, sort_keys=True)
-    write_text(folder / "config.json", f"{text}\n")
+    save_component(folder, MODEL_STEM, theirs, diffusers_config(config, image_size), metadata=metadata, dtype=dtype)
+
+
+def save_vae(tensors: Weights, config: DCAEConfig, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """This writes the DC-AE as diffusers' ``AutoencoderDC.from_pretrained`` reads it.
+
+    Args:
+        tensors: Under the names of ``dc_ae.DCAE``.
+        config: Its sizes.
+        folder: Usually called ``vae``; made if missing.
+        dtype: Type to convert to; by default each keeps its own.
+    """
+    theirs = dict(to_diffusers(tensors, _vae_maps(config)))
+    save_component(folder, MODEL_STEM, theirs, vae_config(config), dtype=dtype)
+
+
+def save_gemma(tensors: Weights, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """This writes Gemma as transformers' ``Gemma2Model.from_pretrained`` reads it.
+
+    Args:
+        tensors: The decoder's, by name.
+        folder: Usually called ``text_encoder``; made if missing.
+        dtype: Type to convert to; by default each keeps its own.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = gemma_config(shapes, source="Gemma").to_dict() | {"architectures": ["Gemma2Model"]}
+    save_component(folder, ENCODER_STEM, tensors, config, dtype=dtype)
+
+
+def vae_weights(files: SanaFiles) -> Weights:
+    """The base model's DC-AE under the names of ``dc_ae.DCAE``, in the types of its file."""
+    tensors = LazyTensors(files.vae)
+    if files.vae.layout == "single":
+        return tensors
+    return dict(from_diffusers(tensors, _vae_maps(read_vae_config(files))))
+
+
+def gemma_weights(files: SanaFiles) -> Weights:
+    """The base model's Gemma without its output layer, in the types of its file."""
+    return dict(decoder_weights(LazyTensors(files.gemma).items()))
+
+
+def stored_empty_caption(part: Part) -> Tensor | None:
+    """The features of the empty caption that NVlabs' files hold beside the denoiser's weights; None: there are none."""
+    for header in part.headers:
+        for name in header.tensors:
+            if name.endswith(EMPTY_CAPTION) and header.format != "pickle":
+                return next(load_tensors(header, [name]))[1]
+    return None
+
+
+def complete_pipeline(folder: Path, tokenizer: Path | None, *, shift: float) -> None:
+    """This adds what makes a folder with all components a whole pipeline.
+
+    Args:
+        folder: With the components.
+        tokenizer: Where the tokenizer lies; None: in its place already.
+        shift: Of the noise levels in sampling.
+    """
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder / "tokenizer")
+    write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "flow_shift": shift})
+    write_json(folder / "model_index.json", dict(_model_index()))
+
+
+def vae_config(config: DCAEConfig) -> dict[str, Any]:
+    """What diffusers' ``config.json`` says of the DC-AE."""
+    stages = range(len(config.widths))
+    kinds = ["EfficientViTBlock" if stage >= config.attention_from else "ResBlock" for stage in stages]
+    scales = [[5] if stage >= config.attention_from else [] for stage in stages]
+    return {
+        "_class_name": "AutoencoderDC",
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": 32,
+        "encoder_block_types": kinds,
+        "decoder_block_types": kinds,
+        "encoder_block_out_channels": list(config.widths),
+        "decoder_block_out_channels": list(config.widths),
+        "encoder_layers_per_block": list(config.encoder_depths),
+        "decoder_layers_per_block": list(config.decoder_depths),
+        "encoder_qkv_multiscales": scales,
+        "decoder_qkv_multiscales": scales,
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "conv",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": LATENTS.scale,
+    }
+
+
+_SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
+
+
+def _vae_maps(config: DCAEConfig) -> tuple[KeyMap, ...]:
+    return vae_key_maps(
+        encoder_depths=config.encoder_depths,
+        decoder_depths=config.decoder_depths,
+        attention_from=config.attention_from,
+    )
+
+
+def _model_index() -> Iterator[tuple[str, Any]]:
+    yield "_class_name", "SanaPipeline"
+    yield "scheduler", ["diffusers", _SCHEDULER["_class_name"]]
+    yield "transformer", ["diffusers", "SanaTransformer2DModel"]
+    yield "vae", ["diffusers", "AutoencoderDC"]
+    yield "text_encoder", ["transformers", "Gemma2Model"]
+    yield "tokenizer", ["transformers", "PreTrainedTokenizerFast"]
 
 
 def diffusers_config(config: LinearDiTConfig, image_size: int) -> dict[str, Any]:

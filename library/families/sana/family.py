@@ -1,10 +1,10 @@
 """Sana and Sana-1.5 as the trainer sees them (Xie et al. 2024, arXiv:2410.10629; 2025, arXiv:2501.18427)."""
 
 import dataclasses
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +12,28 @@ from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.config.flow import FlowConfig
+from library.config.full import PARTS
 from library.diffusion.flow_matching import FlowMatching
 from library.diffusion.timesteps import shift
 from library.families.sana.adapter_targets import adapter_targets
-from library.families.sana.checkpoint import check_weights, load_dit, load_vae, read_dit_config
+from library.families.sana.checkpoint import check_weights, load_dit, load_vae, read_dit_config, read_vae_config
+from library.families.sana.export import (
+    complete_pipeline,
+    gemma_weights,
+    save_folder,
+    save_gemma,
+    save_single,
+    save_vae,
+    stored_empty_caption,
+    vae_weights,
+)
 from library.families.sana.files import SanaFiles, describe, locate
 from library.families.sana.latents import SanaLatentStrategy
 from library.families.sana.linear_dit import LinearDiTConfig
 from library.families.sana.options import SanaOptions
-from library.families.sana.sizes import denoiser_sizes, fp16_warning
 from library.families.sana.skip_layers import skipped_layers
 from library.families.sana.text import SanaText, SanaTextStrategy
-from library.families.sana.tokenizers import load_tokenizer
+from library.families.sana.tokenizers import load_tokenizer, tokenizer_folder
 from library.io.parts import part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import attention_function
@@ -31,8 +41,6 @@ from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.gemma import load_gemma
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
-
-log = logging.getLogger(__name__)
 
 TIMESTEPS = 1000
 SAMPLING_SHIFT, LARGEST_SAMPLING_SHIFT = 3.0, 6.0
@@ -74,8 +82,12 @@ class SanaFamily:
         tokenizer = load_tokenizer(self.tokenizers, self.options, self.files)
         return SanaTextStrategy(tokenizer, part_identity(self.files.gemma))
 
-    def load_text_encoders(self, *, device: Any, dtype: Any) -> dict[str, nn.Module]:
+    def load_text_encoders(
+        self, *, device: Any, dtype: Any, names: Collection[str] | None = None
+    ) -> dict[str, nn.Module]:
         """``gemma``, frozen, in eval mode."""
+        if names is not None and "gemma" not in names:
+            return {}
         part = self.files.gemma
         read_to = "meta" if torch.device(device).type == "meta" else "cpu"
         tensors = LazyTensors(part, device=read_to, mmap=self.mmap).items()
@@ -87,10 +99,6 @@ class SanaFamily:
 
     def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
         """The denoiser, frozen, in eval mode."""
-        if dtype == torch.bfloat16 and torch.device(device).type != "meta":
-            warning = fp16_warning(self.files.denoiser, denoiser_sizes(self.files.denoiser))
-            if warning is not None:
-                log.warning(warning)
         attention = attention_function(self.attention)
         return load_dit(self.files, self.denoiser, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
 
@@ -117,10 +125,38 @@ class SanaFamily:
         Evenly spaced steps through the table of 1000 levels are shifted. The shift is the published scheduler's, at
         every resolution.
         """
-        side = max(self.description.native_resolution)
-        factor = LARGEST_SAMPLING_SHIFT if side >= _LARGEST_SIDE else SAMPLING_SHIFT
         levels = 1 - torch.linspace(1 / TIMESTEPS, 1, steps + 1, dtype=torch.float64)
-        return shift(levels, factor).float()
+        return shift(levels, self.sampling_shift).float()
+
+    @property
+    def sampling_shift(self) -> float:
+        """The published scheduler's shift."""
+        side = max(self.description.native_resolution)
+        return LARGEST_SAMPLING_SHIFT if side >= _LARGEST_SIDE else SAMPLING_SHIFT
+
+    def write_model(
+        self,
+        trained: Mapping[str, Mapping[str, Tensor]],
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        layout: str,
+        parts: Collection[str],
+        dtype: torch.dtype | None,
+    ) -> None:
+        """The denoiser in NVlabs' layout, or the components in a folder in diffusers' layout."""
+        denoiser = trained["denoiser"]
+        if layout != "diffusers":
+            save_single(denoiser, path, metadata, dtype=dtype, empty_caption=stored_empty_caption(self.files.denoiser))
+            return
+        side = max(self.description.native_resolution)
+        save_folder(denoiser, self.denoiser, path / "transformer", metadata, image_size=side, dtype=dtype)
+        if "vae" in parts:
+            save_vae(vae_weights(self.files), read_vae_config(self.files), path / "vae")
+        if "text_encoders" in parts:
+            save_gemma(gemma_weights(self.files), path / "text_encoder")
+        if set(parts) == set(PARTS):
+            complete_pipeline(path, tokenizer_folder(self.tokenizers, self.files), shift=self.sampling_shift)
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context manager inside which the blocks ``layers`` leave the image tokens as they are."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.errors import ConfigError
+from library.config.full import PARTS
 from library.config.model import ModelConfig
 from library.families.sana.options import LATENTS, NO_PREFIX, SanaOptions
 from library.families.sana.parts import COMPONENTS, LAYOUT
@@ -16,16 +17,19 @@ from library.families.sana.sizes import (
     DenoiserSizes,
     count_parameters,
     denoiser_sizes,
+    fp16_warning,
     gemma_sizes,
     image_size,
     vae_sizes,
 )
 from library.io.parts import Part
-from library.records import ModelDescription, Resolution
+from library.records import ModelDescription, Resolution, SamplingDefaults
 
 _IMPLEMENTATION = "https://github.com/NVlabs/Sana"
 _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": denoiser_sizes, "vae": vae_sizes, "gemma": gemma_sizes}
 _SHIFT, _SMALL_SHIFT, _LARGEST_SHIFT = 3.0, 4.0, 6.0
+_LEARNING_RATE = 1e-5
+"""Of a full fine-tune; adapters have their own. A tenth of the published pre-training's."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
     side = image_size(files.denoiser, options)
     parameters = count_parameters(files.denoiser)
     size = f"{parameters / 1e9:.1f}B" if parameters > 1e8 else f"{parameters / 1e6:.1f}M"
+    warning = fp16_warning(files.denoiser, sizes)
     return ModelDescription(
         title=f"Sana{'-1.5' if sizes.qk_norm else ''} {size}, {side} px",
         architecture="sana-1.5" if sizes.qk_norm else "sana",
@@ -97,8 +102,11 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
         native_resolution=Resolution(side, side),
         implementation=_IMPLEMENTATION,
         blocks=sizes.depth,
+        save_layouts={"safetensors": (), "diffusers": PARTS, "pth": ()},
         text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
-        defaults={"training_shift": published_shift(sizes, side)},
+        defaults={"training_shift": published_shift(sizes, side), "learning_rate": _LEARNING_RATE},
+        sampling=SamplingDefaults(sampler="dpmpp_2m", steps=20, scale=4.5, table=f"aspect_{side}"),
+        precision_warnings={} if warning is None else {"bf16": warning},
     )
 
 

@@ -111,6 +111,10 @@ class SanaTextStrategy:
         assert isinstance(text, SanaText)
         return text
 
+    def for_negatives(self) -> "SanaTextStrategy":
+        """The strategy without the instruction, which asks Gemma for something to show."""
+        return SanaTextStrategy(self.tokenizer.without_prefix(), self.gemma)
+
 
 def _window(positions: Tensor, skipped: int) -> Tensor:
     """The first position and those after the ``skipped`` ones: (B, W, ...) -> (B, T, ...)."""

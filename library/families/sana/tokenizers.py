@@ -8,6 +8,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.model import ModelConfig
@@ -80,6 +81,11 @@ class SanaTokenizer:
         """Token ids (B, length and ``skipped``), int64, and which of them are text (the same shape), bool."""
         return self.tokenizer([self._text(caption) for caption in captions])
 
+    def without_prefix(self) -> "SanaTokenizer":
+        """The same window for captions with nothing before them."""
+        alone = dataclasses.replace(self.tokenizer, length=self.length)
+        return dataclasses.replace(self, tokenizer=alone, prefix="")
+
     def may_cut(self, caption: str) -> bool:
         """Whether the caption may be too long for the window, told without reading it: False is certain."""
         return self._narrower.may_cut(caption)
@@ -136,11 +142,7 @@ def load_tokenizer(
     """
     prefix = read_prefix(options)
     prefix = INSTRUCTION if prefix is None else prefix
-    beside = None if files is None else files.gemma.headers[0].path.parent
-    if places.directory is None and beside is not None and is_gemma_folder(beside):
-        folder = beside
-    else:
-        folder = places.find(_FOLDERS, GEMMA_HUB_ID, is_gemma_folder, download=download)
+    folder = tokenizer_folder(places, files, download=download)
     length = options.sana_max_token_length
     # The start token is counted twice, and the prefix's last token gives its place to the caption's first.
     more = length - 2 if prefix else length - 1
@@ -150,6 +152,23 @@ def load_tokenizer(
         length=length,
         lower_case=options.sana_lower_case,
     )
+
+
+def tokenizer_folder(places: TokenizerPlaces, files: SanaFiles | None, *, download: bool = True) -> Path:
+    """Where the tokenizer lies.
+
+    Args:
+        places: Where to look.
+        files: See ``load_tokenizer``.
+        download: Whether to fetch it from the hub where it isn't on disk.
+
+    Raises:
+        ConfigError: It is nowhere.
+    """
+    beside = None if files is None else files.gemma.headers[0].path.parent
+    if places.directory is None and beside is not None and is_gemma_folder(beside):
+        return beside
+    return places.find(_FOLDERS, GEMMA_HUB_ID, is_gemma_folder, download=download)
 
 
 def find_windows(model: ModelConfig, options: SanaOptions, files: SanaFiles | None) -> dict[str, SanaTokenizer]:

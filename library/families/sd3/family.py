@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.config.errors import ConfigError
+from library.config.full import PARTS
 from library.diffusion.flow_matching import FlowMatching
 from library.diffusion.timesteps import shift
 from library.families.sd3 import position_table
 from library.families.sd3.adapter_targets import adapter_targets
-from library.families.sd3.checkpoint import check_weights, load_mmdit, load_vae, read_mmdit_config
+from library.families.sd3.checkpoint import check_weights, load_mmdit, load_vae, read_mmdit_config, read_vae_config
+from library.families.sd3.export import base_weights, complete_pipeline, save_folder, save_single
 from library.families.sd3.files import Sd3Files, describe, locate
 from library.families.sd3.latents import Sd3LatentStrategy
 from library.families.sd3.mmdit import MMDiTConfig
@@ -23,6 +26,7 @@ from library.families.sd3.options import Sd3Options
 from library.families.sd3.sizes import clip_sizes
 from library.families.sd3.skip_layers import skipped_layers
 from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy
+from library.families.sd3.tokenizers import tokenizer_folders
 from library.io.parts import part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import attention_function
@@ -79,7 +83,9 @@ class Sd3Family:
         identities = {name: part_identity(part) for name, part in parts.items() if part is not None}
         return sd3_text_strategy(self.tokenizers, self.options, identities, has_t5=self.files.t5xxl is not None)
 
-    def load_text_encoders(self, *, device: Any, dtype: Any) -> dict[str, nn.Module]:
+    def load_text_encoders(
+        self, *, device: Any, dtype: Any, names: Collection[str] | None = None
+    ) -> dict[str, nn.Module]:
         """``clip_l``, ``clip_g`` and, where the files have it, ``t5xxl``: frozen, in eval mode."""
         encoders: dict[str, nn.Module] = {}
         read_to = "meta" if torch.device(device).type == "meta" else "cpu"
@@ -87,11 +93,13 @@ class Sd3Family:
             ("clip_l", self.files.clip_l, "quick_gelu"),
             ("clip_g", self.files.clip_g, "gelu"),
         ):
+            if names is not None and name not in names:
+                continue
             tensors = LazyTensors(part, device=read_to, mmap=self.mmap).items()
             encoders[name] = load_clip(
                 tensors, part.shapes, activation=activation, device=device, dtype=dtype, source=part.title
             )
-        if (t5 := self.files.t5xxl) is not None:
+        if (t5 := self.files.t5xxl) is not None and (names is None or "t5xxl" in names):
             tensors = LazyTensors(t5, device=read_to, mmap=self.mmap).items()
             encoders["t5xxl"] = load_t5(tensors, t5.shapes, device=device, dtype=dtype, source=t5.title)
         return encoders
@@ -153,6 +161,27 @@ class Sd3Family:
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context manager inside which the blocks ``layers`` leave both streams as they are."""
         return skipped_layers(self.blocks(denoiser), layers)
+
+    def write_model(
+        self,
+        trained: Mapping[str, Mapping[str, Tensor]],
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        layout: str,
+        parts: Collection[str],
+        dtype: torch.dtype | None,
+    ) -> None:
+        """The trained components as a single file, or in a folder in diffusers' layout."""
+        weights = {**base_weights(self.files, parts), **trained}
+        dtypes = {name: dtype if name in trained else None for name in weights}
+        if layout != "diffusers":
+            save_single(weights, path, metadata, dtypes=dtypes)
+            return
+        save_folder(weights, self.denoiser, read_vae_config(self.files), path, metadata, dtypes=dtypes)
+        if set(parts) == set(PARTS):
+            has_t5 = self.files.t5xxl is not None
+            complete_pipeline(path, tokenizer_folders(self.tokenizers, has_t5=has_t5), has_t5=has_t5)
 
     def _tokens(self, latent_size: Sequence[int]) -> tuple[int, int]:
         return latent_size[0] // self.denoiser.patch_size, latent_size[1] // self.denoiser.patch_size

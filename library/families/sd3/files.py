@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.errors import ConfigError
+from library.config.full import PARTS
 from library.config.model import ModelConfig
 from library.families.sd3.options import RESOLUTION_STEP, Sd3Options
 from library.families.sd3.parts import COMPONENTS
@@ -131,6 +132,8 @@ def describe(files: Sd3Files, options: Sd3Options | None = None) -> ModelDescrip
         native_resolution=Resolution(native_side, native_side),
         implementation=_IMPLEMENTATION,
         blocks=sizes.depth,
+        trainable_text_encoders=("clip_l", "clip_g"),
+        save_layouts={"safetensors": PARTS, "diffusers": PARTS},
         # The scaled table is computed for any size; the checkpoint's own ends somewhere.
         largest_side=None if options is not None and options.enable_scaled_pos_embed else largest_side,
         text_numbers=_text_numbers(files, options or Sd3Options()),

@@ -119,9 +119,7 @@ _NOISE = "SD3's flow matching mixes the picture with plain Gaussian noise. Remov
 _DIFFUSION_WEIGHT = (
     "it weights the losses of noise-prediction models, and SD3 predicts a velocity. Use --weighting_scheme or remove it"
 )
-_TEXT_ENCODERS_STAY_OUT = (
-    "a full fine-tune doesn't change the text encoders, so the files you already have stay valid. Remove it"
-)
+_SAVED_ENCODERS = "a full fine-tune writes the text encoders too by --save_parts text_encoders. Remove it"
 
 UNSUPPORTED: dict[str, str] = {
     "v2": "it switches the older trainers to Stable Diffusion 2. Remove it",
@@ -143,7 +141,7 @@ UNSUPPORTED: dict[str, str] = {
     "v_pred_like_loss": _DIFFUSION_WEIGHT,
     "t5xxl_device": "the encoders run where the training runs. Use --cache_text_encoder_outputs to free their memory",
     "t5xxl_dtype": "T5 runs in the type of --mixed_precision. Remove it",
-    "save_clip": _TEXT_ENCODERS_STAY_OUT,
-    "save_t5xxl": _TEXT_ENCODERS_STAY_OUT,
+    "save_clip": _SAVED_ENCODERS,
+    "save_t5xxl": _SAVED_ENCODERS,
 }
 """Option of other trainers or families -> the end of ``--name does nothing for sd3: ...``."""

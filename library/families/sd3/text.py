@@ -182,6 +182,10 @@ class Sd3TextStrategy:
             text = dataclasses.replace(text, t5=_zeroed(text.t5, dropped))
         return text
 
+    def for_negatives(self) -> "Sd3TextStrategy":
+        """The same: a negative prompt is read like a caption."""
+        return self
+
     def _t5_features(self, encoder: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
         assert mask is not None
         features = encode_t5(encoder, ids, mask if self.options.apply_t5_attn_mask else None)

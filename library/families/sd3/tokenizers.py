@@ -1,5 +1,6 @@
 """Stable Diffusion 3's tokenizers: where they lie, and which encoder reads how much of a caption. It loads no torch."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from library.config.errors import ConfigError
@@ -53,14 +54,33 @@ def load_tokenizers(
     Raises:
         ConfigError: A tokenizer is nowhere, or unreadable.
     """
-    clip_l = places.find(_CLIP_L_FOLDERS, CLIP_L_HUB_ID, is_clip_folder, download=download)
-    clip_g = places.find(_CLIP_G_FOLDERS, CLIP_G_HUB_ID, is_clip_folder, download=download)
-    t5 = places.find(_T5_FOLDERS, T5_XXL_HUB_ID, is_t5_folder, download=download) if has_t5 else None
+    folders = tokenizer_folders(places, has_t5=has_t5, download=download)
+    t5 = folders.get("tokenizer_3")
     return Sd3Tokenizers(
-        clip_l=load_clip_tokenizer(clip_l, pad_id=None),
-        clip_g=load_clip_tokenizer(clip_g, pad_id=_CLIP_G_PAD_ID),
+        clip_l=load_clip_tokenizer(folders["tokenizer"], pad_id=None),
+        clip_g=load_clip_tokenizer(folders["tokenizer_2"], pad_id=_CLIP_G_PAD_ID),
         t5=None if t5 is None else load_t5_tokenizer(t5, length=options.t5xxl_max_token_length),
     )
+
+
+def tokenizer_folders(places: TokenizerPlaces, *, has_t5: bool, download: bool = True) -> dict[str, Path]:
+    """Where the tokenizers lie, by the names of their sub-folders in diffusers' layout.
+
+    Args:
+        places: Where to look.
+        has_t5: Whether there is a T5.
+        download: Whether to fetch from the hub what isn't on disk.
+
+    Raises:
+        ConfigError: A tokenizer is nowhere.
+    """
+    folders = {
+        "tokenizer": places.find(_CLIP_L_FOLDERS, CLIP_L_HUB_ID, is_clip_folder, download=download),
+        "tokenizer_2": places.find(_CLIP_G_FOLDERS, CLIP_G_HUB_ID, is_clip_folder, download=download),
+    }
+    if has_t5:
+        folders["tokenizer_3"] = places.find(_T5_FOLDERS, T5_XXL_HUB_ID, is_t5_folder, download=download)
+    return folders
 
 
 def find_windows(model: ModelConfig, options: Sd3Options, files: Sd3Files | None) -> dict[str, CaptionTokenizer]:

@@ -136,7 +136,7 @@ def test_a_damaged_configuration_says_nothing(tmp_path, parts):
 )
 def test_the_published_shift(tmp_path, parts, kind, size, shift):
     files, options = found(write_sparse(tmp_path / "s.safetensors", published(kind)), parts, sana_image_size=size)
-    assert describe(files, options).defaults == {"training_shift": shift}
+    assert describe(files, options).defaults == {"training_shift": shift, "learning_rate": 1e-5}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,7 @@ def test_weights_that_were_trained_in_fp16(tmp_path, parts, kind, dtype, says):
     assert (warning is None) == (says is None)
     if says:
         assert says in warning and "Sana-1.5" in warning and "\n" not in warning
+    assert describe(files).precision_warnings == ({"bf16": warning} if says else {})
 
 
 def test_sprint_is_refused(tmp_path, parts):
