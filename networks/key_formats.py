@@ -16,7 +16,7 @@ entry ``lora_adapter_metadata`` says otherwise. It has three layers where ours i
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,19 +115,22 @@ def detect_format(keys: Iterable[str], targets: Mapping[str, AdapterTargets], so
     for marker, method in _OTHER_METHODS.items():
         if any(marker in key for key in keys):
             raise ConfigError(f"{source} is a {method} adapter; only LoRA, LoKr and LoHa can be read")
-    if elsewhere := [key for key in keys if _is_factor(key) and not _KOHYA_KEY.fullmatch(key)]:
+    theirs = {
+        kohya_name(LYCORIS_PREFIX, part) for place in diffusers_places(targets).values() for part in place.layer.parts
+    }
+    if elsewhere := [key for key in keys if _is_factor(key) and not _is_kohya_factor(key, theirs)]:
         raise ConfigError(
-            f"{source} has a LoKr or LoHa in PEFT's spelling ({elsewhere[0]}), whose separate q, k and v have no place "
-            f"in this model's fused layers; only kohya's and LyCORIS's ({_expected(targets)}) can be read"
+            f"{source} has a LoKr or LoHa for diffusers' layers ({elsewhere[0]}), whose separate q, k and v have no "
+            f"place in this model's fused layers; only kohya's and LyCORIS's ({_expected(targets)}) can be read"
         )
-    theirs = {target.diffusers_prefix for target in targets.values() if target.diffusers_prefix}
+    prefixes = {target.diffusers_prefix for target in targets.values() if target.diffusers_prefix}
     if any(_KOHYA_KEY.fullmatch(key) and _component(key, targets) for key in keys):
         return KOHYA
-    if any(_DIFFUSERS_KEY.fullmatch(key) and key.split(".")[0] in theirs for key in keys):
+    if any(_DIFFUSERS_KEY.fullmatch(key) and key.split(".")[0] in prefixes for key in keys):
         return DIFFUSERS
     raise ConfigError(
         f"{source} is not an adapter for this model: its keys look like {_some(sorted(keys))}; expected "
-        f"{_expected(targets)}, or " + ", ".join(f"{prefix}.*" for prefix in sorted(theirs))
+        f"{_expected(targets)}, or " + ", ".join(f"{prefix}.*" for prefix in sorted(prefixes))
     )
 
 
@@ -354,6 +357,11 @@ def _check_finite(name: str, tensors: Iterable[Tensor], source: str) -> None:
 
 def _is_factor(key: str) -> bool:
     return ".lokr_w" in key or ".hada_w" in key
+
+
+def _is_kohya_factor(key: str, not_ours: Container[str]) -> bool:
+    match = _KOHYA_KEY.fullmatch(key)
+    return match is not None and match["name"] not in not_ours
 
 
 def _peft_alpha(name: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -7,7 +7,7 @@ two matrices of rank r; then the update is multiplied by ``alpha / r``. In a con
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,8 +166,8 @@ def plan_of(weights: LokrWeights, size: LayerSize) -> LokrPlan:
 class LokrLayer(nn.Module):
     """The update of one linear layer or convolution, added to the layer's output by wrapping its ``forward``.
 
-    The product of the factors is never made: w2 acts on the columns of each input, then w1 on the rows. That costs
-    1/a + 1/d of the layer's own work.
+    The product of the factors is never made: each input is a matrix (c, d), w2 acts on its columns and w1 on its rows.
+    That costs 1/a + 1/d of the layer's own work or less.
 
     Args:
         base: The layer.
@@ -253,20 +253,41 @@ class LokrLayer(nn.Module):
 
     def _through_convolution(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         base = self.wrapped.base
-        (_, c), (b, d) = self.plan.w1, self.plan.w2
+        (a, c), (b, d) = self.plan.w1, self.plan.w2
         kernels = w2.reshape(b, d, *self.size.kernel)
-        rows = x.unflatten(1, (c, d)).flatten(0, 1)  # (B * c, d, h, w)
-        hidden = F.conv2d(rows, kernels, None, base.stride, base.padding, base.dilation)  # type: ignore[arg-type]
-        return torch.einsum("ac,ncbhw->nabhw", w1, hidden.unflatten(0, (-1, c))).flatten(1, 2)
+
+        def by_w2(rows: Tensor) -> Tensor:
+            geometry: Any = (base.stride, base.padding, base.dilation)
+            return F.conv2d(rows.flatten(0, 1), kernels, None, *geometry).unflatten(0, (len(x), -1))
+
+        def by_w1(rows: Tensor) -> Tensor:
+            return torch.einsum("ac,nc...->na...", w1, rows)
+
+        rows = x.unflatten(1, (c, d))  # (B, c, d, h, w)
+        result = by_w2(by_w1(rows)) if a * d < c * b else by_w1(by_w2(rows))
+        return result.flatten(1, 2)
 
 
 def _through_linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """The product applied to x (..., c * d), the factor first that leaves less in between.
+
+    Plain matrices throughout: for others torch chooses the kernel by whether the weight is trained, and rounds apart.
+    """
     (a, c), (b, d) = w1.shape, w2.shape
-    # Plain matrices throughout: for others torch chooses the kernel by whether the weight is trained, and rounds apart.
-    hidden = F.linear(x.reshape(-1, d), w2)  # (rows * c, b)
-    hidden = hidden.unflatten(0, (-1, c)).transpose(1, 2).reshape(-1, c)  # (rows * b, c)
-    update = F.linear(hidden, w1).unflatten(0, (-1, b)).transpose(1, 2)  # (rows, a, b)
-    return update.reshape(*x.shape[:-1], a * b)
+    rows = x.reshape(-1, c, d)
+    result = _by_columns(_by_rows(rows, w1), w2) if a * d < c * b else _by_rows(_by_columns(rows, w2), w1)
+    return result.reshape(*x.shape[:-1], a * b)
+
+
+def _by_rows(x: Tensor, w1: Tensor) -> Tensor:
+    """(n, c, m) to (n, a, m)."""
+    flat = x.transpose(1, 2).reshape(-1, x.shape[1])
+    return F.linear(flat, w1).unflatten(0, (-1, x.shape[2])).transpose(1, 2)
+
+
+def _by_columns(x: Tensor, w2: Tensor) -> Tensor:
+    """(n, m, d) to (n, m, b)."""
+    return F.linear(x.reshape(-1, x.shape[2]), w2).unflatten(0, (-1, x.shape[1]))
 
 
 def _product(factor: Factor) -> Tensor:

@@ -11,17 +11,24 @@ _RANKS_BY_HAND = (
     "conv_dim",
     "conv_alpha",
     "emb_dims",
+    "preset",
     "train_block_indices",
     "factor",
     "decompose_both",
     "full_matrix",
 )
-_OF_ALL = ("conv_dim", "conv_alpha", "train_block_indices", "rank_dropout", "module_dropout")
+_OF_ALL = ("conv_dim", "conv_alpha", "preset", "train_block_indices", "rank_dropout", "module_dropout")
+_PRESETS: Mapping[str, tuple[str, ...]] = {"full": ("",), "attn-mlp": ("attn", "mlp"), "attn-only": ("attn",)}
+"""LyCORIS's name -> what the names of the types of layers contain that it keeps."""
+
 _OF_METHOD: Mapping[str, tuple[str, ...]] = {
     "lora": ("dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
     "lokr": ("factor", "decompose_both", "full_matrix"),
     "loha": (),
 }
+OWN_NAMES = (*_OF_ALL, *(name for names in _OF_METHOD.values() for name in names))
+"""The ``--network_args`` that every model has."""
+
 _WHY_NOT_OURS = {
     "dropout": "its update has no inner activations to drop; use rank_dropout or module_dropout",
     "loraplus_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
@@ -39,8 +46,6 @@ _REFUSED = {
     **{
         name: f"{meaning}. Remove it"
         for name, meaning in {
-            "preset": "the layers are this model's own, as LyCORIS's presets know neither Stable Diffusion 3 nor Sana; "
-            "ranks by type of layer (0 leaves one out) and train_block_indices choose among them",
             "use_tucker": "there is no Tucker decomposition, which is for convolutions with kernels larger than 1",
             "use_cp": "there is no Tucker decomposition, which is for convolutions with kernels larger than 1",
             "use_scalar": "updates start at zero without a scalar",
@@ -60,7 +65,6 @@ _REFUSED = {
 }
 _HARMLESS = {
     "split_qkv": _FALSE,
-    "preset": ("full", "full-lin"),
     **{name: _FALSE for name in ("use_tucker", "use_cp", "use_scalar", "dora_wd", "weight_decompose", "rs_lora")},
     **{name: _FALSE for name in ("train_norm", "bypass_mode", "unbalanced_factorization")},
 }
@@ -154,7 +158,10 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         alpha=network.network_alpha,
         conv_rank=_rank("conv_dim", arguments["conv_dim"]) if "conv_dim" in arguments else None,
         conv_alpha=_number("conv_alpha", text("conv_alpha"), 1.0, minimum=0.0),
-        type_ranks={name: _rank(name, arguments[name], minimum=0) for name in sorted(types) if name in arguments},
+        type_ranks={
+            **_left_out_by_preset(text("preset", "full"), types),
+            **{name: _rank(name, arguments[name], minimum=0) for name in sorted(types) if name in arguments},
+        },
         optional_ranks=_rank_list("emb_dims", arguments["emb_dims"], optional) if "emb_dims" in arguments else (),
         block_indices=_blocks("train_block_indices", text("train_block_indices", "all")),
         factor=_factor("factor", text("factor", "-1")),
@@ -207,6 +214,12 @@ def _check_whole_factors(network: NetworkConfig, arguments: Mapping[str, str], t
                 f"--{name} {getattr(network, name):g} does nothing with --network_args full_matrix=true, where factors "
                 "have no rank and strength 1; remove one of the two"
             )
+
+
+def _left_out_by_preset(preset: str, types: set[str]) -> dict[str, int]:
+    if preset not in _PRESETS:
+        raise _unexpected("preset", preset, f"{', '.join(_PRESETS)}, which choose among this model's types of layers")
+    return {name: 0 for name in sorted(types) if not any(part in name for part in _PRESETS[preset])}
 
 
 def _factor(name: str, text: str) -> int:

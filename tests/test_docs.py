@@ -203,8 +203,9 @@ def test_the_page_on_adapters_explains_every_network_arg(family):
 
     targets = synthetic.synthetic_family("tiny").adapter_targets.values()
     names = {name for target in targets for name in target.dims} | {t.enabled_by for t in targets if t.enabled_by}
+    names |= set(lora_settings.OWN_NAMES) | {lora_settings.factor_name(n) for target in targets for n in target.dims}
     text = (DOCS / "adapters.md").read_text(encoding="utf-8")
-    assert not [name for name in (*names, "emb_dims", *lora_settings._OWN_NAMES) if f"`{name}`" not in text]
+    assert not [name for name in (*names, "emb_dims", "algo") if f"`{name}`" not in text]
 
 
 def commands(page):
@@ -251,7 +252,7 @@ QUOTED_ERRORS = [
     ["--cache_text_encoder_outputs"],
     ["--lr_warmup_steps", "100"],
     ["--sample_every_n_steps", "10"],
-    ["--network_module", "lycoris.kohya"],
+    ["--network_module", "networks.oft"],
 ]
 
 

@@ -67,10 +67,11 @@ class NetworkConfig:
     network_args: tuple[str, ...] = option(
         (),
         "More settings of the adapter as key=value: rank_dropout, module_dropout, conv_dim, conv_alpha, "
-        "train_block_indices=0,3-7; LoRA's loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio; "
-        "LoKr's factor, decompose_both, full_matrix; and the model's own. SD3 has context_attn_dim, context_mlp_dim, "
-        "context_mod_dim, x_attn_dim, x_mlp_dim, x_mod_dim (ranks by type of layer, 0 leaves a type out; for LoKr "
-        "context_attn_factor and so on too), emb_dims=[context,t,x,y,final_mod,final_linear] and train_t5xxl=true.",
+        "preset=attn-mlp, train_block_indices=0,3-7; LoRA's loraplus_lr_ratio, loraplus_unet_lr_ratio, "
+        "loraplus_text_encoder_lr_ratio; LoKr's factor, decompose_both, full_matrix; and the model's own. SD3 has "
+        "context_attn_dim, context_mlp_dim, context_mod_dim, x_attn_dim, x_mlp_dim, x_mod_dim (ranks by type of layer, "
+        "0 leaves a type out; for LoKr context_attn_factor and so on too), "
+        "emb_dims=[context,t,x,y,final_mod,final_linear] and train_t5xxl=true.",
         metavar="KEY=VALUE",
     )
     network_weights: str | None = option(

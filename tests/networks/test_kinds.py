@@ -25,10 +25,22 @@ def pointwise():
     return nn.Conv2d(12, 20, 1)
 
 
+def narrowing():
+    torch.manual_seed(1)
+    return nn.Linear(40, 24)
+
+
+def narrowing_pointwise():
+    torch.manual_seed(1)
+    return nn.Conv2d(20, 12, 1)
+
+
 BASES = {
     "linear": (linear, torch.randn(2, 5, 24)),
     "vectors": (linear, torch.randn(3, 24)),
     "convolution": (conv, torch.randn(2, 12, 9, 8)),
+    "narrowing": (narrowing, torch.randn(2, 5, 40)),
+    "narrowing pointwise": (narrowing_pointwise, torch.randn(2, 20, 5, 4)),
     "pointwise": (pointwise, torch.randn(2, 12, 5, 4)),
 }
 PLANS = {
@@ -244,6 +256,23 @@ def test_the_hadamard_product_keeps_its_factors_only():
 def test_depthwise_convolutions_are_refused(make):
     with pytest.raises(ValueError, match="groups"):
         make(nn.Conv2d(4, 4, 3, groups=4))
+
+
+def test_a_factor_is_whole_from_half_of_its_longer_side():
+    size = layer_size(linear())  # w1 (4, 4), w2 (10, 6)
+    ranks = {
+        rank: plan_factors(size, rank=rank, factor=4, decompose_both=True, full_matrix=False) for rank in (1, 2, 4, 5)
+    }
+    assert [(p.w1_rank, p.w2_rank) for p in ranks.values()] == [(1, 1), (None, 2), (None, 4), (None, None)]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 6])
+def test_lycoris_decides_the_same_factors(rank):
+    lycoris = pytest.importorskip("lycoris")
+    layer = lokr(linear(), rank=rank, factor=4, decompose_both=True)
+    theirs = lycoris.LokrModule("x", linear(), lora_dim=rank, factor=4, decompose_both=True)
+    assert {n: p.shape for n, p in theirs.named_parameters()} == {n: p.shape for n, p in layer.named_parameters()}
 
 
 def test_factors_of_sizes():

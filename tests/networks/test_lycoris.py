@@ -108,7 +108,12 @@ def test_lycoris_and_ours_are_the_same_adapter():
         (("factor=0",), {}, "factor: expected a whole number of at least 1, or -1"),
         (("x_attn_factor=-2",), {}, "x_attn_factor: expected a whole number"),
         (("x_attn_facto=2",), {}, "did you mean x_attn_factor"),
-        (("preset=attn-mlp",), {}, "preset=attn-mlp can't be used: the layers are this model's own"),
+        (
+            ("preset=unet-only",),
+            {},
+            "preset: expected full, attn-mlp, attn-only, which choose among this model's types",
+        ),
+        (("preset=full",), {"dim_from_weights": True, "network_weights": "a"}, "preset does nothing with --dim_from_w"),
         (("dora_wd=True",), {}, "dora_wd=True can't be used: DoRA can't be trained"),
         (("full_matrix=maybe",), {}, "full_matrix: expected true or false"),
         (("full_matrix=true",), {"network_dim": 8}, "--network_dim 8 does nothing with .*full_matrix"),
@@ -143,6 +148,19 @@ def test_factors_and_ranks_by_type():
     assert chosen["joint_blocks_1_x_block_mlp_fc1"].w2_rank == 2
     assert chosen["joint_blocks_1_x_block_attn_qkv"].w2_rank == 3
     assert not any("context_block_adaLN" in name for name in chosen)
+
+
+def test_presets_choose_types_of_layers():
+    def kinds(*args):
+        found = {"attn": 0, "mlp": 0, "adaLN": 0}
+        for name in plans("factor=4", *args):
+            found[next(kind for kind in found if f"_{kind}" in name)] += 1
+        return {kind for kind, count in found.items() if count}
+
+    assert plans("factor=4", "preset=full") == plans("factor=4")
+    assert kinds("preset=attn-mlp") == {"attn", "mlp"}
+    assert kinds("preset=attn-only") == {"attn"}
+    assert kinds("preset=attn-only", "x_mod_dim=2") == {"attn", "adaLN"}  # what is said of a type goes first
 
 
 def test_large_ranks_and_full_matrix_give_whole_factors():

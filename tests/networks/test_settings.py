@@ -89,7 +89,7 @@ def test_true_in_any_usual_spelling(text):
         ("context_att_dim=4", "did you mean context_attn_dim"),
         ("algo=lokr", "algo=lokr goes with --network_module lycoris.kohya; with networks.lora it does nothing"),
         ("factor=8", "factor does nothing for LoRA"),
-        ("preset=attn-mlp", "preset=attn-mlp can't be used: the layers are this model's own"),
+        ("preset=attn", "preset: expected full, attn-mlp, attn-only"),
         ("split_qkv=True", "split_qkv=True can't be used.*three times the rank"),
         ("verbose=True", "verbose=True can't be used"),
         ("train_t5xxl=maybe", "expected true or false, got 'maybe'"),
