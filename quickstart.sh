@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 family=${1:-sd3}
 case $family in
     sd3) options=(--weighting_scheme=sigma_sqrt --timestep_sampling=logit_normal) ;;
-    sana) options=(--sample_sampler=dpmpp_2m) ;;
+    sana) options=(--no-use_resolution_binning) ;; # samples of the size that is trained, not of 1024 pixels
     *)
         echo "error: no quickstart for '$family'; there are: sd3, sana" >&2
         exit 2
