@@ -3,18 +3,17 @@
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from library.config.caching import CachingConfig
 from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.full import FullConfig
 from library.config.logging import LoggingConfig
 from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
@@ -32,7 +31,7 @@ from library.families import FAMILIES, family_options
 from library.families.protocols import ModelFamily
 from library.memory.checkpointing import enable_checkpointing
 from library.records import Batch, NoisedLatents, Resolution, Sample, TensorRecord
-from library.training.adapter_job import AdapterJob
+from library.training.jobs import job_of
 from library.training.losses import LossHistory
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
@@ -40,7 +39,6 @@ from library.training.run import Run
 from library.training.schedules import create_schedule
 from library.training.setup import has_accelerator
 from library.training.trackers import Trackers
-from networks.loading import create_network
 
 MANY_STEPS = 1_000_000
 
@@ -81,6 +79,20 @@ class SyntheticRun:
         self.plain_optimizer.zero_grad(set_to_none=True)
 
 
+def family_of(size: str) -> str:
+    """The family that has a published size of this name.
+
+    Raises:
+        ValueError: None has it, or every one: ``tiny``.
+    """
+    having = {name: import_module(f"{module}.synthetic").SIZES for name, module in FAMILIES.items()}
+    found = [name for name, sizes in having.items() if size in sizes]
+    if len(found) != 1:
+        known = ", ".join(size for sizes in having.values() for size in sizes)
+        raise ValueError(f"--size {size} needs --family" if found else f"no size {size}; there are: {known}")
+    return found[0]
+
+
 def make_run(
     family_name: str,
     size: str,
@@ -90,18 +102,22 @@ def make_run(
     rank: int,
     precision: str,
     checkpointing: bool,
+    full: bool = False,
 ) -> SyntheticRun:
-    """An adapter run at a published size (or ``tiny``) of a family."""
+    """An adapter run, or with ``full`` a run of all weights, at a published size (or ``tiny``) of a family."""
     synthetic = import_module(f"{FAMILIES[family_name]}.synthetic")
     folder = tempfile.mkdtemp(prefix="bench-")
-    config = _config(family_name, folder, resolution, batch_size, rank, precision, checkpointing)
+    config = _config(family_name, folder, resolution, batch_size, None if full else rank, precision, checkpointing)
     resolved = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = Accelerator(mixed_precision=resolved.mixed)
     device = accelerator.device
     family = synthetic.synthetic_family(size)
-    denoiser = synthetic.synthetic_denoiser(size, device=device, dtype=resolved.frozen)
-    network = create_network(config, {"denoiser": denoiser}, family.adapter_targets, 0)
-    network.to(device, resolved.trained)
+    job = job_of(config)
+    dtype = job.dtype("denoiser", config, family, resolved)
+    denoiser = synthetic.synthetic_denoiser(size, device=device, dtype=dtype)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    trainable = job.prepare(config, family, {"denoiser": denoiser}, seed=0, precision=resolved)
+    trainable.to(device)
     if checkpointing:
         enable_checkpointing(list(family.blocks(denoiser)), 1)
     picture = Resolution(resolution, resolution)
@@ -110,20 +126,20 @@ def make_run(
         for row in range(batch_size)
     ]
     placements = [place(picture, config.datasets[0], family.latents.format.resolution_step) for _ in samples]
-    groups = network.parameter_groups(config.optimizer)
+    groups = trainable.parameter_groups(config.optimizer)
     created = create_optimizer("AdamW", (), groups, learning_rate=1e-4, device=device)
     plain_groups = [{key: group[key] for key in ("params", "lr")} for group in groups]
     batch = _batch(family, synthetic.synthetic_text(size, batch_size, device="cpu", dtype=resolved.frozen), samples)
     run = Run(
         config=config,
         seed=0,
-        job=AdapterJob(),
+        job=job,
         family=family,
         accelerator=accelerator,
         plan=BatchPlan(samples, placements, config.datasets, seed=0, micro_batches_per_step=1),
         batches=(batch for _ in itertools.count()),
         denoiser=denoiser,
-        trainable=network,
+        trainable=trainable,
         text=synthetic.synthetic_strategy(family),
         text_encoders={},
         vae=None,
@@ -136,19 +152,15 @@ def make_run(
         history=LossHistory(),
         metadata={},
     )
-    network.train()
+    trainable.train()
     return SyntheticRun(
         run=run,
         batch_size=batch_size,
         tokens=family.latents.format.tokens(picture),
-        parameters=sum(parameter.numel() for parameter in _own_parameters(denoiser)),
+        parameters=parameters,
         batch=batch.to(device),
         plain_optimizer=create_optimizer("AdamW", (), plain_groups, learning_rate=1e-4, device=device).optimizer,
     )
-
-
-def _own_parameters(denoiser: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in denoiser.parameters() if not parameter.requires_grad)
 
 
 def _batch(family: ModelFamily, text: TensorRecord, samples: list[Sample]) -> Batch:
@@ -169,7 +181,13 @@ def _batch(family: ModelFamily, text: TensorRecord, samples: list[Sample]) -> Ba
 
 
 def _config(
-    family_name: str, folder: str, resolution: int, batch_size: int, rank: int, precision: str, checkpointing: bool
+    family_name: str,
+    folder: str,
+    resolution: int,
+    batch_size: int,
+    rank: int | None,
+    precision: str,
+    checkpointing: bool,
 ) -> RunConfig:
     options = family_options(family_name)
     dataset = DatasetConfig(
@@ -189,7 +207,8 @@ def _config(
         captions=CaptionConfig(),
         datasets=(dataset,),
         caching=CachingConfig(cache_latents=True, cache_text_encoder_outputs=True),
-        network=NetworkConfig(network_dim=rank, network_alpha=rank, network_train_unet_only=True),
+        network=NetworkConfig(network_dim=rank, network_alpha=rank, network_train_unet_only=True) if rank else None,
+        full=None if rank else FullConfig(),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         training=TrainingConfig(mixed_precision=precision),
         memory=MemoryConfig(gradient_checkpointing=checkpointing),

@@ -1,7 +1,8 @@
 """One training step: time, arithmetic and memory, for any family at any size, with random weights made on the device.
 
 python -m bench.train_step --size sd3.5-medium --resolution 1024 --batch_size 4 --rank 16 --precision bf16
-python -m bench.train_step --size tiny --resolution 256 --batch_size 2 --rank 8 --precision no --plain
+python -m bench.train_step --size sana-1.6b --resolution 1024 --batch_size 4 --full --precision bf16
+python -m bench.train_step --family sana --size tiny --resolution 512 --batch_size 2 --precision no --plain
 
 It runs the trainer's own step (forward, backward, clipping, AdamW, schedule) on cached latents and text features, once
 without and once with gradient checkpointing. ``--plain`` runs a bare loop over the same model beside it, in turn, and
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.synthetic_run import SyntheticRun, make_run
+from bench.synthetic_run import SyntheticRun, family_of, make_run
 from library.families import FAMILIES
 from library.training.loop import optimize
 
@@ -112,11 +113,12 @@ def measure(synthetic: SyntheticRun, *, steps: int, warmup: int, rate: float, pl
 def main() -> int:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="sd3")
+    parser.add_argument("--family", choices=sorted(FAMILIES), help="by default the one that has the size; tiny: sd3")
     parser.add_argument("--size", default="tiny", help="a published size of the family, or tiny (default)")
     parser.add_argument("--resolution", type=int, default=256, help="pixels per side")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--full", action="store_true", help="train all weights, in fp32, instead of an adapter")
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
@@ -124,19 +126,24 @@ def main() -> int:
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
+    try:
+        family = options.family or ("sd3" if options.size == "tiny" else family_of(options.size))
+    except ValueError as error:
+        parser.error(str(error))
 
     rows = []
     modes = {"both": (False, True), "on": (True,), "off": (False,)}[options.checkpointing]
     facts: dict[str, Any] = {}
     for checkpointing in modes:
         synthetic = make_run(
-            options.family,
+            family,
             options.size,
             resolution=options.resolution,
             batch_size=options.batch_size,
             rank=options.rank,
             precision=options.precision,
             checkpointing=checkpointing,
+            full=options.full,
         )
         device = synthetic.run.device
         rate = matmul_rate(device, synthetic.run.weight_dtype)

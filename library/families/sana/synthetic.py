@@ -32,7 +32,13 @@ TINY = LinearDiTConfig(
     position_base=None,
     position_scale=1.0,
 )
-SIZES = {"tiny": TINY, **CONFIGS}
+SIZES = {
+    "tiny": TINY,
+    "sana-0.6b": CONFIGS["sana-600m"],
+    "sana-1.6b": CONFIGS["sana-1600m"],
+    "sana-1.5-1.6b": CONFIGS["sana-1.5-1600m"],
+    "sana-1.5-4.8b": CONFIGS["sana-1.5-4800m"],
+}
 _WORDS = 60
 """Tokens of an ordinary caption."""
 

@@ -98,10 +98,8 @@ def test_the_prefix_and_the_window_reach_the_features(sana):
     losses = []
     for name, options in {
         "own": {},
-        "none": {"sana_prompt_prefix": "none"},
         "file": {"sana_prompt_prefix": prefix},
         "short": {"sana_max_token_length": 4},
-        "lower": {"sana_lower_case": True},
     }.items():
         (sana.photos / "camera.txt").write_text("A RED Circle on a blue table")
         assert sana(name, **{**CACHED, "max_train_steps": 1}, **options) == 0
