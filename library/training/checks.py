@@ -15,6 +15,7 @@ from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_block_swap, resolve_precision
 from library.training.schedules import create_schedule
 from library.training.trackers import check_packages
+from library.training.updates import check_updates
 from networks.loading import (
     adapter_components,
     check_network,
@@ -47,6 +48,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         lambda: check_packages(config.logging),
         lambda: attention_function(config.memory.attention_backend),
         lambda: _try_optimizer(config),
+        lambda: check_updates(config),
         lambda: check_network(network, config.optimizer, family.adapter_targets),
         lambda: _try_adapter(config, family, accelerator_available=accelerator_available),
     )

@@ -11,7 +11,9 @@ from torch import nn
 from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.optimizers.one_by_one import OneByOne
 from library.records import Batch
+from library.training.fused_backward import FusedBackward
 from library.training.losses import LossHistory
 from library.training.trackers import Trackers
 
@@ -41,6 +43,8 @@ class Run:
         trackers: Where numbers are logged.
         history: Losses of the steps so far.
         metadata: Facts for saved files that are known before training.
+        one_by_one: Steps the weights singly, where that is asked for.
+        fused_backward: Steps them during the backward pass, where that is asked for.
     """
 
     config: RunConfig
@@ -62,6 +66,8 @@ class Run:
     trackers: Trackers
     history: LossHistory
     metadata: dict[str, str]
+    one_by_one: OneByOne | None = None
+    fused_backward: FusedBackward | None = None
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 
