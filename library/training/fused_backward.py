@@ -43,6 +43,11 @@ class FusedBackward:
         for number, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(functools.partial(self._arrive, number))
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Memory of the gradients that have arrived and not been used yet."""
+        return sum(arrived.gradient.nbytes for arrived in self._waiting)
+
     def start(self, step: int, loss: Tensor, samples: Sequence[str]) -> None:
         """Begin an optimizer step, before its backward pass.
 
