@@ -24,7 +24,8 @@ def prepare_updates(run: Run) -> None:
     if memory.fused_backward_pass:
         names = {parameter: name for name, parameter in run.trainable.named_parameters()}
         parameters = run.parameters
-        run.fused_backward = FusedBackward(run.one_by_one, parameters, [names[parameter] for parameter in parameters])
+        called = [names.get(parameter, f"parameter {number}") for number, parameter in enumerate(parameters)]
+        run.fused_backward = FusedBackward(run.one_by_one, parameters, called)
 
 
 def check_updates(config: RunConfig) -> None:
