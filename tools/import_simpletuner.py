@@ -218,8 +218,8 @@ def _optimizer(value: str, result: Translation) -> None:
         return
     result.values["optimizer_type"] = name
     if value == "adamw_bf16":
-        result.values["full_bf16"] = True
-        result.notes.append("optimizer adamw_bf16 is AdamW with --full_bf16 here")
+        result.values |= {"full_bf16": True, "stochastic_rounding": True}
+        result.notes.append("optimizer adamw_bf16 is AdamW with --full_bf16 --stochastic_rounding here")
     elif name.lower() != value.lower():
         result.notes.append(f"optimizer {value} is {name} here")
 

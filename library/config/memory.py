@@ -19,6 +19,13 @@ class MemoryConfig:
     gradient_checkpointing_interval: int = option(
         1, "Checkpoint every n-th block only: a higher n takes more memory and less time.", minimum=1
     )
+    fused_backward_pass: bool = option(
+        False,
+        "Step each weight as soon as its gradient is there and free the gradient, so that only a few exist at a time: "
+        "saves about the memory of the trained weights. The results are the same; it needs --max_grad_norm 0, no "
+        "accumulation, no fp16 and one process.",
+        metadata_key="ss_fused_backward_pass",
+    )
     blocks_to_swap: int | None = option(
         None,
         "Keep this many blocks of the denoiser off the device and bring each when it is needed. By default none. Not "

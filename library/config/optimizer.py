@@ -31,8 +31,19 @@ OPTIMIZER_NAMES = (
     "SGDScheduleFree",
     "RAdamScheduleFree",
     "CAME",
+    "CAME8bit",
     "StableAdamW",
 )
+_OVER_ALL_PARAMETERS = {
+    **dict.fromkeys(
+        ("Prodigy", "DAdaptation", "DAdaptAdam", "DAdaptAdaGrad", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"),
+        "estimates one learning rate from all gradients together",
+    ),
+    **dict.fromkeys(
+        ("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"),
+        "moves all weights to and fro between those that it trains and their average",
+    ),
+}
 
 LR_SCHEDULERS = (
     "constant",
@@ -231,6 +242,11 @@ class OptimizerConfig:
         if self.use_8bit_adam:
             return "AdamW8bit"
         return "Lion" if self.use_lion_optimizer else self.optimizer_type
+
+    @property
+    def over_all_parameters(self) -> str | None:
+        """Why the optimizer can't step one parameter at a time; None when it can, as far as its name says."""
+        return _OVER_ALL_PARAMETERS.get(self.name)
 
     def _optimizer_problems(self) -> list[str]:
         problems = []

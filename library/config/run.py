@@ -26,6 +26,7 @@ from library.config.pictures import PictureConfig
 from library.config.sampling import SamplingConfig, sampling_defaults, skip_layer_problems
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
+from library.config.updates import update_problems
 from library.config.urls import is_remote
 from library.config.validation import ValidationConfig
 from library.records import ModelDescription
@@ -143,6 +144,7 @@ class RunConfig:
             *(self._text_problems() if self.datasets else ()),
             *self._learning_problems(),
             *self._average_problems(),
+            *update_problems(self.optimizer, self.training, self.memory),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),

@@ -44,6 +44,12 @@ class TrainingConfig:
         "small updates better.",
         metadata_key="ss_full_bf16",
     )
+    stochastic_rounding: bool = option(
+        False,
+        "With --full_bf16: each step is computed in fp32 and rounded up or down at random, the nearer the likelier, so "
+        "that updates smaller than bf16's last bit are learnt on average. The rounding follows --seed.",
+        metadata_key="ss_stochastic_rounding",
+    )
     seed: int | None = option(
         None,
         "Seed of every random draw: the same seed gives the same draws on any number of devices. By default one is "
@@ -75,5 +81,7 @@ class TrainingConfig:
                 problems.append(
                     f"--full_{precision} needs --mixed_precision {precision}, but it is {self.mixed_precision}"
                 )
+        if self.stochastic_rounding and not self.full_bf16:
+            problems.append("--stochastic_rounding does nothing without --full_bf16; add it or remove it")
         if problems:
             raise ConfigError("\n".join(problems))

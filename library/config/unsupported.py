@@ -16,7 +16,6 @@ _IN_PROMPTS = "each line of the --sample_prompts file says it for its picture"
 _IN_DATASET = "the dataset TOML says it; see --dataset_config"
 
 REASONS: dict[str, str] = {
-    "fused_backward_pass": "gradients are needed whole, to clip and to sum them over processes. Remove it",
     "fp8_base": _QUANTISED,
     "fp8_base_unet": _QUANTISED,
     "cpu_offload_checkpointing": (

@@ -16,6 +16,7 @@ from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_block_swap, resolve_precision
 from library.training.schedules import create_schedule
 from library.training.trackers import check_packages
+from library.training.updates import check_updates
 
 
 def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: bool) -> tuple[str, ...]:
@@ -38,6 +39,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         lambda: check_packages(config.logging),
         lambda: attention_function(config.memory.attention_backend),
         lambda: _try_optimizer(config),
+        lambda: check_updates(config),
         lambda: job.check(config, family),
         lambda: _rehearse(config, family, accelerator_available=accelerator_available),
     )

@@ -7,18 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from library.config.errors import ConfigError
 from library.records import Batch
+from library.training.non_finite import NonFiniteLoss
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
 from library.training.schedules import current_learning_rates
 from library.training.step import MicroBatchLoss, training_loss
 
 _BUNDLE_NUMBERS = 1 << 24
-
-
-class NonFiniteLoss(ConfigError):
-    """A loss or gradient was not a number: the run stops before anything of it reaches the weights."""
 
 
 def train(run: Run) -> None:
@@ -41,12 +37,17 @@ def optimize(run: Run, step: int) -> None:
     for _ in range(mine):  # accumulation is data, not control flow
         batch = next(run.batches)
         share = training_loss(run, batch, step_samples=step_samples)
-        run.accelerator.backward(share.loss)
         sums += loss_sums(batch, share)
         samples.extend(batch.keys)
-    parameters = run.parameters
-    sum_gradients(parameters, run.accelerator)
-    norm = gradient_norm(run, parameters)
+        if run.fused_backward is not None:
+            run.fused_backward.start(step, share.loss, samples)
+        run.accelerator.backward(share.loss)
+    if run.fused_backward is not None:
+        norm = run.fused_backward.finish()
+    else:
+        parameters = run.parameters
+        sum_gradients(parameters, run.accelerator)
+        norm = gradient_norm(run, parameters)
     loss, *of_kinds = run.accelerator.reduce(sums, reduction="sum").tolist()
     rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
     run.step_numbers = {"loss": loss, "gradient_norm": norm.item()}
@@ -55,9 +56,21 @@ def optimize(run: Run, step: int) -> None:
             run.step_numbers[name] = total / count
     run.step_numbers.update({f"lr/{name}": rate for name, rate in rates.items()})
     refuse_non_finite(run, step, samples)
-    run.optimizer.step()
+    if run.fused_backward is None:
+        update_weights(run, step)
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
+
+
+def update_weights(run: Run, step: int) -> None:
+    """Let the optimizer step: all weights together, or one by one where they are rounded."""
+    if run.one_by_one is None:
+        run.optimizer.step()
+        return
+    for parameter in run.parameters:
+        if parameter.grad is not None:
+            run.one_by_one.step(parameter, parameter.grad, step)
+    run.one_by_one.finish()
 
 
 def loss_sums(batch: Batch, share: MicroBatchLoss) -> Tensor:

@@ -36,7 +36,8 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adamwschedulefree": ("schedulefree", "AdamWScheduleFree", {}),
     "sgdschedulefree": ("schedulefree", "SGDScheduleFree", {}),
     "radamschedulefree": ("schedulefree", "RAdamScheduleFree", {}),
-    "came": ("came_pytorch", "CAME", {}),
+    "came": ("library.optimizers.came", "CAME", {}),
+    "came8bit": ("library.optimizers.came", "CAME8bit", {}),
     "stableadamw": ("pytorch_optimizer", "StableAdamW", {}),
 }
 _PACKAGES = {

@@ -20,7 +20,7 @@ _FREE_OPTIONS = {
 }
 # What may change the numbers that come, but can be changed on purpose.
 _NOTED_GROUPS = ("family", "flow", "loss", "data", "pictures", "captions", "ema")
-_NOTED_OPTIONS = {"mixed_precision", "full_fp16", "full_bf16", "caption_variants"}
+_NOTED_OPTIONS = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding", "caption_variants"}
 _UNIMPORTANT_OPTIONS = {
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",

@@ -11,8 +11,10 @@ from torch import nn
 from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.optimizers.one_by_one import OneByOne
 from library.records import Batch
 from library.training.ema import WeightAverage
+from library.training.fused_backward import FusedBackward
 from library.training.losses import LossHistory
 from library.training.trackers import Trackers
 
@@ -47,6 +49,8 @@ class Run:
         history: Losses of the steps so far.
         average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
+        one_by_one: Steps the weights singly, where that is asked for.
+        fused_backward: Steps them during the backward pass, where that is asked for.
     """
 
     config: RunConfig
@@ -70,6 +74,8 @@ class Run:
     history: LossHistory
     metadata: dict[str, str]
     average: WeightAverage | None = None
+    one_by_one: OneByOne | None = None
+    fused_backward: FusedBackward | None = None
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 

@@ -33,6 +33,7 @@ from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
 from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
 from library.training.full_model import DENOISER
+from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
 from library.training.loop import train
 from library.training.losses import LossHistory
@@ -45,6 +46,7 @@ from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
 from library.training.step import encoded
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
+from library.training.updates import prepare_updates
 from library.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     log_in(config.logging)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = start_accelerator(config, precision)
+    if config.memory.fused_backward_pass:
+        refuse_processes(accelerator.num_processes)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
     seed = resolve_seed(config, progress, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
@@ -178,6 +182,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     if config.training.resume and progress:
         restore_state(run, config.training.resume, progress)
         log.info("resumed from %s after step %d", config.training.resume, run.first_step)
+    prepare_updates(run)
     taker = sample_taker(config, requests, text_side)
     run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
     lines = run_lines(run)

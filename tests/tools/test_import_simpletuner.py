@@ -85,7 +85,8 @@ def test_a_lora_configuration_comes_through_whole(configuration, capsys):
     config, problems = imported()
     assert problems == []
     assert config.network.network_dim == 8 and config.network.network_alpha == 8
-    assert config.optimizer.optimizer_type == "AdamW" and config.training.full_bf16
+    assert config.optimizer.optimizer_type == "AdamW"
+    assert config.training.full_bf16 and config.training.stochastic_rounding
     assert config.flow.density == "uniform" and config.flow.flow_schedule_auto_shift
     assert config.flow.weighting_scheme == "sigma_sqrt"
     assert config.sampling.validation_guidance_skip_layers == (7, 8, 9)

@@ -1,0 +1,40 @@
+"""What contradicts stepping one weight at a time, which fused backward and stochastic rounding do."""
+
+from collections.abc import Iterator
+
+from library.config.memory import MemoryConfig
+from library.config.optimizer import OptimizerConfig
+from library.config.training import TrainingConfig
+
+
+def single_step_options(training: TrainingConfig, memory: MemoryConfig) -> tuple[str, ...]:
+    """The given options that step one weight at a time."""
+    given = {"fused_backward_pass": memory.fused_backward_pass, "stochastic_rounding": training.stochastic_rounding}
+    return tuple(name for name, value in given.items() if value)
+
+
+def update_problems(optimizer: OptimizerConfig, training: TrainingConfig, memory: MemoryConfig) -> Iterator[str]:
+    """Every contradiction, one line each."""
+    if optimizer.over_all_parameters is not None:
+        for name in single_step_options(training, memory):
+            yield (
+                f"--{name} steps one weight at a time, but {optimizer.name} {optimizer.over_all_parameters}; remove "
+                "it, or use an optimizer such as AdamW or CAME"
+            )
+    if not memory.fused_backward_pass:
+        return
+    if training.gradient_accumulation_steps > 1:
+        yield (
+            "--fused_backward_pass uses up each gradient at once, so --gradient_accumulation_steps "
+            f"{training.gradient_accumulation_steps} finds none to add to; remove one"
+        )
+    if optimizer.max_grad_norm:
+        yield (
+            f"--max_grad_norm {optimizer.max_grad_norm:g} needs the norm of all gradients before the first step, and "
+            "--fused_backward_pass never has them together; add --max_grad_norm 0 (the norm is logged all the same)"
+        )
+    if training.mixed_precision == "fp16":
+        yield (
+            "--mixed_precision fp16 scales the loss and drops whole steps, but --fused_backward_pass has stepped the "
+            "first weights when it finds out; use --mixed_precision bf16, or remove one"
+        )
