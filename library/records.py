@@ -345,6 +345,7 @@ class ModelDescription:
         save_layouts: What ``--save_model_as`` can be in a full fine-tune, best first -> what ``--save_parts`` can be.
         sampling: How its pictures are made where nobody says.
         precision_warnings: ``--mixed_precision`` -> why these weights lose quality in it.
+        refused_precisions: ``--mixed_precision`` -> why the model can't compute in it, and what to use.
     """
 
     title: str
@@ -362,3 +363,4 @@ class ModelDescription:
     save_layouts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     sampling: SamplingDefaults = SamplingDefaults()
     precision_warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused_precisions: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Rewrite a Stable Diffusion 3 / 3.5 LoRA in the other spelling: kohya's (ComfyUI) or diffusers'.
+"""Rewrite a LoRA for Stable Diffusion 3 / 3.5 or Sana in the other spelling: kohya's (ComfyUI) or diffusers'.
 
 A LoKr or LoHa becomes, for diffusers, the LoRA that it equals.
 
@@ -8,13 +8,17 @@ python tools/convert_lora.py my_lora.safetensors my_lora_diffusers.safetensors -
 import argparse
 import sys
 from collections.abc import Mapping, Sequence, Set
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
 from library.config.errors import ConfigError
-from library.families.sd3.adapter_targets import adapter_targets
-from library.families.sd3.mmdit import CONFIGS
+from library.families.sana.adapter_targets import adapter_targets as sana_targets
+from library.families.sana.linear_dit import CONFIGS as SANA
+from library.families.sd3.adapter_targets import adapter_targets as sd3_targets
+from library.families.sd3.mmdit import CONFIGS as SD3
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
 from library.records import AdapterTargets
@@ -24,8 +28,31 @@ from networks.lora_layer import LoraWeights
 from networks.methods import UpdateWeights
 from networks.targeting import DENOISER, kohya_name
 
-# SD3 medium's layers are among SD3.5 medium's, and are called the same.
-_MODELS = ("sd3.5-medium", "sd3.5-large")
+
+class _Model(NamedTuple):
+    """What a file can be for.
+
+    Attributes:
+        width: Of the denoiser; no two models have the same.
+        targets: Where its adapters are, by component.
+        kernels: Its convolutions: pattern of their paths in the denoiser -> the kernel's side.
+    """
+
+    width: int
+    targets: Mapping[str, AdapterTargets]
+    kernels: Mapping[str, int]
+
+
+def _models() -> list[_Model]:
+    """The published sizes. A model whose layers are among those of another, under the same names, is left out."""
+    models = []
+    for config in (SD3["sd3.5-medium"], SD3["sd3.5-large"]):
+        targets = sd3_targets(depth=config.depth, dual_attention_blocks=config.dual_attention_blocks)
+        models.append(_Model(config.width, targets, {"x_embedder.proj": config.patch_size}))
+    for sana in (SANA["sana-600m"], SANA["sana-1.5-4800m"]):
+        kernels = {"x_embedder.proj": sana.patch_size, "blocks.*.mlp.*": 1}
+        models.append(_Model(sana.width, sana_targets(depth=sana.depth), kernels))
+    return models
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,12 +79,13 @@ def convert(source: str, target: str, spelling: str) -> str:
         spelling: ``kohya`` or ``diffusers``.
 
     Raises:
-        ConfigError: The file can't be read as an adapter for SD3, is in that spelling already, or has no place in it.
+        ConfigError: The file can't be read as an adapter for these models, is in that spelling already, or has no place
+            in it.
     """
     header = read_header(source)
     tensors = dict(load_tensors(header))
-    # Their components are enough to read a file; which layers there are depends on the model.
-    targets = _targets({size for tensor in tensors.values() for size in tensor.shape}, source)
+    # Its components are enough to read a file; which layers there are depends on the model.
+    targets = _model({size for tensor in tensors.values() for size in tensor.shape}, source).targets
     if detect_format(tensors, targets, source) == spelling:
         raise ConfigError(f"{source} is spelled for {spelling} already; nothing was written")
     weights = read_weights(tensors, header.metadata, targets, source)
@@ -67,34 +95,35 @@ def convert(source: str, target: str, spelling: str) -> str:
         save_tensors(to_kohya(weights), target, {**kept, **size_metadata(list(weights.values()))})
     else:
         # A LoKr's tensors are factors: only together do they show the model's width.
-        targets = _targets({size for layer in weights.values() for size in layer.shape}, source)
-        converted, metadata = to_diffusers(_as_lora(weights, targets, source), targets)
+        model = _model({size for layer in weights.values() for size in layer.shape}, source)
+        converted, metadata = to_diffusers(_as_lora(weights, model, source), model.targets)
         save_tensors(converted, target, {**kept, **metadata})
     return f"{target}: {len(weights)} layers, spelled for {spelling}"
 
 
-def _targets(sizes: Set[int], source: str) -> Mapping[str, AdapterTargets]:
-    """The model is the one whose width is among the sizes; text encoders' layers are the same in all."""
-    configs = [CONFIGS[model] for model in _MODELS]
-    fitting = [config for config in configs if config.width in sizes] or configs[:1]
+def _model(sizes: Set[int], source: str) -> _Model:
+    """The model is the one whose width is among the sizes; SD3's text encoders are the same in all of its models."""
+    models = _models()
+    fitting = [model for model in models if model.width in sizes] or models[:1]
     if len(fitting) > 1:
         raise ConfigError(f"{source} has layers of several models; it can't be converted")
-    return adapter_targets(depth=fitting[0].depth, dual_attention_blocks=fitting[0].dual_attention_blocks)
+    return fitting[0]
 
 
-def _as_lora(
-    weights: Mapping[str, UpdateWeights], targets: Mapping[str, AdapterTargets], source: str
-) -> dict[str, LoraWeights]:
+def _as_lora(weights: Mapping[str, UpdateWeights], model: _Model, source: str) -> dict[str, LoraWeights]:
     if whole := sorted(name for name, layer in weights.items() if layer.lora_rank is None):
         raise ConfigError(
             f"{source} is a LoKr, and {len(whole)} of its layers, such as {whole[0]}, have a whole second factor, so "
             "their rank is that of the layer: diffusers reads only LoRA, which would be larger than the model. Use the "
             "file as it is (ComfyUI, generate.py, --base_weights)"
         )
-    # The only convolution among the layers: a patch per token.
-    patch = kohya_name(targets[DENOISER].prefix, "x_embedder.proj")
-    side = CONFIGS[_MODELS[0]].patch_size
-    return {name: layer.as_lora((side, side) if name == patch else ()) for name, layer in weights.items()}
+    prefix = model.targets[DENOISER].prefix
+
+    def kernel(name: str) -> tuple[int, ...]:
+        sides = (side for path, side in model.kernels.items() if fnmatchcase(name, kohya_name(prefix, path)))
+        return next(((side, side) for side in sides), ())
+
+    return {name: layer.as_lora(kernel(name)) for name, layer in weights.items()}
 
 
 if __name__ == "__main__":

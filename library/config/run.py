@@ -179,7 +179,10 @@ class RunConfig:
         Args:
             description: What the model's files say about it.
         """
+        precision = self.training.mixed_precision
+        refused = description.refused_precisions.get(precision)
         return [
+            *([] if refused is None else [f"--mixed_precision {precision}: {refused}"]),
             *skip_layer_problems(self.sampling, description),
             *self._position_problems(description.largest_side),
             *(full_model_problems(self, description) if self.full is not None else ()),

@@ -73,8 +73,15 @@ FILES = {
         "bucket_reso_steps",
     ),
     "a sample between the steps": (
-        lambda w: {"sample_prompts": w.file("a cat --w 80 --h 64", "p.txt"), "sample_at_first": True},
+        lambda w: {
+            "sample_prompts": w.file("a cat --w 80 --h 64", "p.txt"),
+            "sample_at_first": True,
+            "no-use_resolution_binning": True,
+        },
         "p.txt, line 1: width 80",
+    ),
+    "a type that Gemma overflows in": (
+        lambda w: {"mixed_precision": "fp16"}, "--mixed_precision fp16: Gemma 2 and DC-AE overflow in it; use",
     ),
     "a size that no model has": (
         lambda w: {"sana_image_size": 768}, "--sana_image_size: expected one of 512, 1024, 2048, 4096",

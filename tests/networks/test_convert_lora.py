@@ -103,3 +103,45 @@ def test_whole_factors_are_refused_with_what_to_do(tmp_path, capsys):
     assert "1 of its layers, such as lora_unet_joint_blocks_0_x_block_attn_qkv, have a whole second factor" in message
     assert "ComfyUI" in message
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(("width", "hidden", "block"), [(1152, 2880, 27), (2240, 5600, 59)])
+def test_sana_there_and_back(tmp_path, width, hidden, block):
+    name = f"lora_unet_blocks_{block}"
+    shapes = {"attn_qkv": (3 * width, width), "mlp_inverted_conv_conv": (2 * hidden, width, 1, 1)}
+    original = {}
+    for layer, (rows, columns, *kernel) in shapes.items():
+        original[f"{name}_{layer}.lora_down.weight"] = torch.randn(2, columns, *kernel)
+        original[f"{name}_{layer}.lora_up.weight"] = torch.randn(rows, 2, *kernel)
+        original[f"{name}_{layer}.alpha"] = torch.tensor(2.0)
+    save_file(original, tmp_path / "a.safetensors", {"ss_network_dim": "2", "ss_network_alpha": "2.0"})
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
+    theirs = load_file(tmp_path / "b.safetensors")
+    place = f"transformer.transformer_blocks.{block}"
+    own = original[f"{name}_mlp_inverted_conv_conv.lora_up.weight"]
+    assert torch.equal(theirs[f"{place}.ff.conv_inverted.lora_B.weight"], own)
+    assert torch.equal(
+        torch.cat([theirs[f"{place}.attn1.to_{part}.lora_B.weight"] for part in "qkv"]),
+        original[f"{name}_attn_qkv.lora_up.weight"],
+    )
+    assert main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.safetensors"), "--to", "kohya"]) == 0
+    restored = load_file(tmp_path / "c.safetensors")
+    assert restored.keys() == original.keys()
+
+
+def test_a_lokr_on_sanas_convolution_keeps_its_kernel(tmp_path):
+    name = "lora_unet_blocks_0_mlp_point_conv_conv"
+    tensors = {
+        f"{name}.lokr_w1": torch.randn(8, 8),
+        f"{name}.lokr_w2_a": torch.randn(1152 // 8, 2),
+        f"{name}.lokr_w2_b": torch.randn(2, 2880 // 8),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
+    place = "transformer.transformer_blocks.0.ff.conv_point"
+    theirs = load_file(tmp_path / "b.safetensors")
+    down, up = theirs[f"{place}.lora_A.weight"], theirs[f"{place}.lora_B.weight"]
+    assert down.shape[1:] == (2880, 1, 1) and up.shape[0] == 1152
+    expected = torch.kron(tensors[f"{name}.lokr_w1"], tensors[f"{name}.lokr_w2_a"] @ tensors[f"{name}.lokr_w2_b"])
+    torch.testing.assert_close(up[:, :, 0, 0] @ down[:, :, 0, 0], expected, atol=1e-4, rtol=1e-4)

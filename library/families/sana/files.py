@@ -106,6 +106,7 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
         text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
         defaults={"training_shift": published_shift(sizes, side), "learning_rate": _LEARNING_RATE},
         sampling=SamplingDefaults(sampler="dpmpp_2m", steps=20, scale=4.5, table=f"aspect_{side}"),
+        refused_precisions={"fp16": "Gemma 2 and DC-AE overflow in it; use --mixed_precision bf16, or no"},
         precision_warnings={} if warning is None else {"bf16": warning},
     )
 
