@@ -14,9 +14,9 @@ from library.io.header import read_header
 from library.io.safetensors import load_tensors
 from library.records import AdapterTargets
 from networks.key_formats import DIFFUSERS, KOHYA, components_of, detect_format, read_weights
-from networks.lora import LoraNetwork, attach, inject, size_metadata
-from networks.lora_settings import LoraSettings, read_settings
+from networks.lora import AdapterNetwork, attach, inject, size_metadata
 from networks.methods import UpdateWeights
+from networks.settings import AdapterSettings, read_settings
 from networks.targeting import TargetedLayer, all_layers, trained_components
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check_network(
 
 def create_network(
     config: "RunConfig", roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], run_seed: int
-) -> LoraNetwork:
+) -> AdapterNetwork:
     """This puts the adapter that the user asked for on the model.
 
     Components whose learning rate is 0 get none: they would be saved without having learned anything.
@@ -87,11 +87,11 @@ def create_network(
 
 def _create(
     network: NetworkConfig,
-    settings: LoraSettings,
+    settings: AdapterSettings,
     trained: Mapping[str, nn.Module],
     targets: Mapping[str, AdapterTargets],
     run_seed: int,
-) -> LoraNetwork:
+) -> AdapterNetwork:
     metadata = {"ss_network_args": network.network_args_json} if network.network_args else {}
     if network.network_weights is None:
         return inject(trained, targets, settings, run_seed=run_seed, metadata=metadata)
@@ -113,7 +113,7 @@ def load_adapter(
     multiplier: float = 1.0,
     *,
     partial: bool = False,
-) -> LoraNetwork:
+) -> AdapterNetwork:
     """This puts a saved adapter on the model, for making pictures: frozen and in eval mode.
 
     Ranks and alphas are the file's.
@@ -129,7 +129,7 @@ def load_adapter(
     Raises:
         ConfigError: The file is not an adapter for this model, or changes components that aren't in ``roots``.
     """
-    settings = LoraSettings(rank=1, alpha=0.0)
+    settings = AdapterSettings(rank=1, alpha=0.0)
     network = _from_file(path, roots, targets, settings, {}, partial=partial)
     network.set_multiplier(multiplier)
     return network.eval().requires_grad_(False)
@@ -217,11 +217,11 @@ def _from_file(
     path: str,
     roots: Mapping[str, nn.Module],
     targets: Mapping[str, AdapterTargets],
-    settings: LoraSettings,
+    settings: AdapterSettings,
     metadata: Mapping[str, str],
     *,
     partial: bool,
-) -> LoraNetwork:
+) -> AdapterNetwork:
     weights = read_adapter(path, targets)
     layers = match_layers(weights, layers_by_name(roots, targets), roots, targets, path, partial=partial)
     if not layers:
@@ -234,7 +234,7 @@ def _from_file(
     return network
 
 
-def _check_kind(network: LoraNetwork, settings: LoraSettings, path: str) -> None:
+def _check_kind(network: AdapterNetwork, settings: AdapterSettings, path: str) -> None:
     for layer in network.modules_by_name.values():
         found = layer.weights().method
         if found != METHODS[settings.method]:
@@ -245,7 +245,7 @@ def _check_kind(network: LoraNetwork, settings: LoraSettings, path: str) -> None
 
 
 def _start_from(
-    network: LoraNetwork, path: str, roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets]
+    network: AdapterNetwork, path: str, roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets]
 ) -> None:
     weights = read_adapter(path, targets)
     match_layers(weights, layers_by_name(roots, targets), roots, targets, path, partial=True)

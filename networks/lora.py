@@ -13,8 +13,8 @@ from library.records import AdapterTargets
 from networks.key_formats import KOHYA, to_diffusers, to_kohya
 from networks.lokr import LokrLayer
 from networks.lora_layer import LoraWeights
-from networks.lora_settings import LoraSettings
 from networks.methods import UpdateLayer, UpdateWeights, layer_for, new_layer
+from networks.settings import AdapterSettings
 from networks.targeting import DENOISER, TargetedLayer, learning_rates, select_layers
 
 # A file's alpha may have been rounded to bf16.
@@ -35,7 +35,7 @@ class WeightNorms(NamedTuple):
     largest: Tensor
 
 
-class LoraNetwork(nn.Module):
+class AdapterNetwork(nn.Module):
     """The adapter of a model. Its state dict holds the updates alone, in kohya's key names without the alphas.
 
     Args:
@@ -49,7 +49,7 @@ class LoraNetwork(nn.Module):
         self,
         layers: Mapping[str, UpdateLayer],
         targets: Mapping[str, AdapterTargets],
-        settings: LoraSettings,
+        settings: AdapterSettings,
         metadata: Mapping[str, str],
     ):
         super().__init__()
@@ -233,11 +233,11 @@ class LoraNetwork(nn.Module):
 def inject(
     roots: Mapping[str, nn.Module],
     targets: Mapping[str, AdapterTargets],
-    settings: LoraSettings,
+    settings: AdapterSettings,
     *,
     run_seed: int = 0,
     metadata: Mapping[str, str] | None = None,
-) -> LoraNetwork:
+) -> AdapterNetwork:
     """This gives every targeted layer of ``roots`` an update that is zero at first.
 
     Args:
@@ -252,7 +252,7 @@ def inject(
     """
     updates = {layer.name: new_layer(layer, settings) for layer in select_layers(roots, targets, settings)}
     _check_factors(updates, settings)
-    network = LoraNetwork(updates, targets, settings, metadata or {})
+    network = AdapterNetwork(updates, targets, settings, metadata or {})
     for name, layer in network.modules_by_name.items():
         layer.initialise(run_seed, name)
     return network
@@ -262,10 +262,10 @@ def attach(
     layers: Iterable[TargetedLayer],
     weights: Mapping[str, UpdateWeights],
     targets: Mapping[str, AdapterTargets],
-    settings: LoraSettings,
+    settings: AdapterSettings,
     *,
     metadata: Mapping[str, str] | None = None,
-) -> LoraNetwork:
+) -> AdapterNetwork:
     """This gives layers the updates of a file, numbers still to come (``load_weights``).
 
     Args:
@@ -276,7 +276,7 @@ def attach(
         metadata: Entries for saved files that describe the adapter.
     """
     updates = {layer.name: layer_for(weights[layer.name], layer.component, layer.base, settings) for layer in layers}
-    return LoraNetwork(updates, targets, settings, metadata or {})
+    return AdapterNetwork(updates, targets, settings, metadata or {})
 
 
 def size_metadata(weights: Sequence[UpdateWeights]) -> dict[str, str]:
@@ -288,7 +288,7 @@ def size_metadata(weights: Sequence[UpdateWeights]) -> dict[str, str]:
     }
 
 
-def _check_factors(updates: Mapping[str, UpdateLayer], settings: LoraSettings) -> None:
+def _check_factors(updates: Mapping[str, UpdateLayer], settings: AdapterSettings) -> None:
     """This refuses what does nothing because of how the layers' sizes divide."""
     plans = [layer.plan for layer in updates.values() if isinstance(layer, LokrLayer)]
     if not plans:

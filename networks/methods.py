@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from networks.loha import LohaLayer, LohaWeights
 from networks.lokr import LokrLayer, LokrWeights, plan_factors, plan_of
 from networks.lora_layer import LoraLayer, LoraWeights
-from networks.lora_settings import LoraSettings
+from networks.settings import AdapterSettings
 from networks.targeting import TargetedLayer
 from networks.wrapping import Base, Dropouts, WrappedForward, layer_size
 
@@ -49,7 +49,7 @@ class UpdateLayer(Protocol):
         """The update's Frobenius norm at multiplier 1, ()."""
 
 
-def new_layer(layer: TargetedLayer, settings: LoraSettings) -> UpdateLayer:
+def new_layer(layer: TargetedLayer, settings: AdapterSettings) -> UpdateLayer:
     """This gives a layer the update that the settings ask for; its numbers are still to come.
 
     Args:
@@ -70,7 +70,7 @@ def new_layer(layer: TargetedLayer, settings: LoraSettings) -> UpdateLayer:
     return kind(layer.base, component=layer.component, rank=layer.rank, alpha=layer.alpha, dropouts=dropouts)
 
 
-def layer_for(weights: UpdateWeights, component: str, base: Base, settings: LoraSettings) -> UpdateLayer:
+def layer_for(weights: UpdateWeights, component: str, base: Base, settings: AdapterSettings) -> UpdateLayer:
     """This gives a layer an update of the kind and the sizes of ``weights``; its numbers are still to come.
 
     Args:
@@ -87,5 +87,5 @@ def layer_for(weights: UpdateWeights, component: str, base: Base, settings: Lora
     return kind(base, component=component, rank=weights.rank, alpha=weights.alpha, dropouts=dropouts)
 
 
-def _dropouts(settings: LoraSettings) -> Dropouts:
+def _dropouts(settings: AdapterSettings) -> Dropouts:
     return Dropouts(settings.dropout, settings.rank_dropout, settings.module_dropout)

@@ -10,7 +10,7 @@ from library.config.errors import ConfigError
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.records import AdapterTargets
-from networks.lora_settings import LoraSettings, factor_name
+from networks.settings import AdapterSettings, factor_name
 
 DENOISER = "denoiser"
 DEFAULT_LEARNING_RATE = 1e-4
@@ -64,7 +64,7 @@ def learning_rates(optimizer: OptimizerConfig, targets: Mapping[str, AdapterTarg
 
 
 def trained_components(
-    network: NetworkConfig, settings: LoraSettings, optimizer: OptimizerConfig, targets: Mapping[str, AdapterTargets]
+    network: NetworkConfig, settings: AdapterSettings, optimizer: OptimizerConfig, targets: Mapping[str, AdapterTargets]
 ) -> tuple[str, ...]:
     """The components that get an adapter: those that are wanted, switched on and have a learning rate above 0.
 
@@ -98,7 +98,9 @@ def trained_components(
     return tuple(chosen)
 
 
-def _check_own_rates(optimizer: OptimizerConfig, targets: Mapping[str, AdapterTargets], settings: LoraSettings) -> None:
+def _check_own_rates(
+    optimizer: OptimizerConfig, targets: Mapping[str, AdapterTargets], settings: AdapterSettings
+) -> None:
     encoders = [component for component in targets if component != DENOISER]
     for component, rate in zip(encoders, optimizer.text_encoder_lr or ()):
         switch = targets[component].enabled_by
@@ -120,7 +122,7 @@ def all_layers(
 
 
 def select_layers(
-    roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], settings: LoraSettings
+    roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], settings: AdapterSettings
 ) -> list[TargetedLayer]:
     """This chooses the layers by the family's targets and the user's settings.
 
@@ -158,7 +160,7 @@ def select_layers(
 
 
 def _rank(
-    path: str, module: nn.Module, target: AdapterTargets, settings: LoraSettings, acted: set[str]
+    path: str, module: nn.Module, target: AdapterTargets, settings: AdapterSettings, acted: set[str]
 ) -> tuple[int, float]:
     """Rank (0: no adapter) and alpha of one layer; notes in ``acted`` which settings applied."""
     if _matches(path, target.exclude):
@@ -177,7 +179,7 @@ def _rank(
     return settings.type_ranks[types[0]] if types else settings.rank, settings.alpha
 
 
-def _factor(path: str, target: AdapterTargets, settings: LoraSettings, acted: set[str]) -> int:
+def _factor(path: str, target: AdapterTargets, settings: AdapterSettings, acted: set[str]) -> int:
     """LoKr's factor of one layer; notes in ``acted`` which settings applied."""
     for name, factor in settings.type_factors.items():
         if _matches(path, target.dims.get(name, ())):
@@ -197,7 +199,7 @@ def _block(path: str, target: AdapterTargets) -> int | None:
 
 
 def _check_blocks(
-    roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], settings: LoraSettings
+    roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], settings: AdapterSettings
 ) -> None:
     if settings.block_indices is None:
         return

@@ -34,8 +34,8 @@ from library.records import LatentFormat, NoisedLatents, Resolution, TensorRecor
 from library.sampling.pictures import encode_prompts, generate
 from library.sampling.prompts import PromptRequest
 from networks.loading import load_adapter
-from networks.lora import LoraNetwork, inject
-from networks.lora_settings import LoraSettings
+from networks.lora import AdapterNetwork, inject
+from networks.settings import AdapterSettings
 from tools.make_miniature import MAKERS
 
 CPU = {"device": "cpu", "dtype": torch.float32}
@@ -126,7 +126,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def randomised(network: LoraNetwork) -> LoraNetwork:
+def randomised(network: AdapterNetwork) -> AdapterNetwork:
     """Numbers as after training: nothing is zero."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -135,12 +135,12 @@ def randomised(network: LoraNetwork) -> LoraNetwork:
     return network
 
 
-def adapter_on(model: Model, denoiser: nn.Module, **settings) -> LoraNetwork:
+def adapter_on(model: Model, denoiser: nn.Module, **settings) -> AdapterNetwork:
     return randomised(inject({"denoiser": denoiser}, model.family.adapter_targets, settings_of(**settings)))
 
 
-def settings_of(**settings) -> LoraSettings:
-    return LoraSettings(**{"rank": 2, "alpha": 1.0, **settings})
+def settings_of(**settings) -> AdapterSettings:
+    return AdapterSettings(**{"rank": 2, "alpha": 1.0, **settings})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,7 +8,7 @@ from library.config.network import NetworkConfig
 from networks.key_formats import DIFFUSERS, KOHYA, detect_format, read_weights, to_diffusers, to_kohya
 from networks.lora import inject
 from networks.lora_layer import LoraWeights
-from networks.lora_settings import read_settings
+from networks.settings import read_settings
 from tests.networks.adapter_fixtures import LARGEST, TARGETS, randomise, tiny_clip, tiny_mmdit
 
 QKV = "lora_unet_joint_blocks_1_x_block_attn_qkv"

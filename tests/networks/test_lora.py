@@ -8,10 +8,10 @@ from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.memory.checkpointing import enable_checkpointing
 from networks.lora import inject
-from networks.lora_settings import LoraSettings, read_settings
+from networks.settings import AdapterSettings, read_settings
 from tests.networks.adapter_fixtures import LARGEST, TARGETS, inputs, randomise, tiny_clip, tiny_mmdit
 
-SETTINGS = LoraSettings(rank=3, alpha=2.0)
+SETTINGS = AdapterSettings(rank=3, alpha=2.0)
 
 
 def adapted(*network_args, seed=0, **network):
@@ -157,7 +157,7 @@ def test_one_group_per_component():
 
 
 def test_lora_plus_gives_up_its_own_rate():
-    settings = LoraSettings(rank=3, alpha=2.0, loraplus_unet_lr_ratio=4.0, loraplus_text_encoder_lr_ratio=2.0)
+    settings = AdapterSettings(rank=3, alpha=2.0, loraplus_unet_lr_ratio=4.0, loraplus_text_encoder_lr_ratio=2.0)
     found = groups(settings, learning_rate=1.0)
     assert {name: group["lr"] for name, group in found.items()} == {
         "unet": 1,

@@ -11,8 +11,8 @@ from library.io.safetensors import save_tensors
 from networks.key_formats import read_weights, to_kohya
 from networks.loading import create_network, load_adapter
 from networks.lora import inject
-from networks.lora_settings import read_settings
 from networks.merge import merge
+from networks.settings import read_settings
 from tests.networks.adapter_fixtures import LARGEST, TARGETS, Config, inputs, randomise, tiny_clip, tiny_mmdit
 
 QKV = "lora_unet_joint_blocks_1_x_block_attn_qkv"

@@ -7,7 +7,7 @@ from library.config.errors import ConfigError
 from library.config.network import NetworkConfig, network_problems
 from library.config.optimizer import OptimizerConfig
 from networks.lora import inject
-from networks.lora_settings import read_settings
+from networks.settings import read_settings
 from networks.targeting import learning_rates, trained_components
 from tests.networks.adapter_fixtures import TARGETS, Config, tiny_clip, tiny_mmdit
 
@@ -216,7 +216,7 @@ def test_learning_rates():
 
 
 @pytest.mark.parametrize(
-    "module", ["library.config.network", "library.families.sd3.adapter_targets", "networks.lora_settings"]
+    "module", ["library.config.network", "library.families.sd3.adapter_targets", "networks.settings"]
 )
 def test_light_modules_do_not_import_torch(module):
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"

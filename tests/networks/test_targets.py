@@ -13,10 +13,10 @@ from library.families.sd3.adapter_targets import adapter_targets
 from library.families.sd3.mmdit import CONFIGS, MMDiT
 from library.nn.attention import attention_function
 from networks.lora import inject
-from networks.lora_settings import LoraSettings
+from networks.settings import AdapterSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RANK_4 = LoraSettings(rank=4, alpha=1.0)
+RANK_4 = AdapterSettings(rank=4, alpha=1.0)
 
 
 def targets_for(config):
@@ -63,9 +63,9 @@ def test_keys_and_shapes_of_the_denoisers_adapter(kind, modules, parameters):
 
 
 KINDS = {
-    "lokr": LoraSettings(method="lokr", rank=4, alpha=1.0, factor=16),
-    "lokr_full": LoraSettings(method="lokr", rank=10_000, alpha=1.0, factor=16),
-    "loha": LoraSettings(method="loha", rank=4, alpha=1.0),
+    "lokr": AdapterSettings(method="lokr", rank=4, alpha=1.0, factor=16),
+    "lokr_full": AdapterSettings(method="lokr", rank=10_000, alpha=1.0, factor=16),
+    "loha": AdapterSettings(method="loha", rank=4, alpha=1.0),
 }
 
 
@@ -120,7 +120,7 @@ def test_keys_and_shapes_of_t5s_adapter():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_layer_that_can_be_changed_has_a_place_in_diffusers(kind):
     targets = targets_for(CONFIGS[kind])
-    settings = LoraSettings(rank=1, alpha=1.0, optional_ranks=(1,) * 6)
+    settings = AdapterSettings(rank=1, alpha=1.0, optional_ranks=(1,) * 6)
     network = inject({"denoiser": meta_mmdit(kind), "clip_l": meta_clip(768, 12)}, targets, settings)
     paths = {f"{target.prefix}_{path.replace('.', '_')}" for target in targets.values() for path in target.fused}
     assert set(network.modules_by_name) <= paths

@@ -21,7 +21,7 @@ from library.records import ModelDescription, Resolution
 from library.sampling import previews
 from library.sampling.generate_command import main, picture_requests
 from networks.lora import inject
-from networks.lora_settings import LoraSettings
+from networks.settings import AdapterSettings
 from tools.miniature_sd3 import make_sd3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def adapter(model, tmp_path_factory) -> str:
     family = create(config)
     options = {"device": "cpu", "dtype": torch.float32}
     roots = {"denoiser": family.load_denoiser(**options), "clip_l": family.load_text_encoders(**options)["clip_l"]}
-    network = inject(roots, family.adapter_targets, LoraSettings(rank=2, alpha=2.0))
+    network = inject(roots, family.adapter_targets, AdapterSettings(rank=2, alpha=2.0))
     generator = torch.Generator().manual_seed(0)
     for layer in network.modules_by_name.values():
         layer.lora_up.weight.data.normal_(std=0.3, generator=generator)

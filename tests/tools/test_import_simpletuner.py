@@ -142,7 +142,7 @@ def test_lycoris_settings_come_from_its_file(configuration, tmp_path, capsys):
     assert "network_args algo=lokr factor=16" in capsys.readouterr().out
 
     from library.families.sd3.adapter_targets import adapter_targets
-    from networks.lora_settings import read_settings
+    from networks.settings import read_settings
 
     settings = read_settings(network, adapter_targets(depth=2, dual_attention_blocks=(0,)))
     assert settings.factor == 16 and settings.type_factors["x_mlp_dim"] == 8 and settings.type_ranks["x_mod_dim"] == 0

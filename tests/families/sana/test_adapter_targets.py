@@ -16,7 +16,7 @@ from library.io.safetensors import save_tensors
 from library.nn.attention import sdpa
 from networks.loading import create_network, load_adapter
 from networks.lora import inject
-from networks.lora_settings import LoraSettings
+from networks.settings import AdapterSettings
 from tests.networks.adapter_fixtures import Config, randomise
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -35,7 +35,7 @@ TINY = LinearDiTConfig(
 )
 TARGETS = adapter_targets(depth=TINY.depth)
 EVERYTHING = "emb_dims=[3,3,3,3,3]"
-RANK_4 = LoraSettings(rank=4, alpha=1.0)
+RANK_4 = AdapterSettings(rank=4, alpha=1.0)
 FEED_FORWARD = ("mlp.inverted_conv.conv", "mlp.point_conv.conv")
 
 
@@ -107,7 +107,7 @@ def test_every_block_has_seven_layers_and_each_rank_costs_what_they_are_wide(kin
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_layer_that_can_be_changed_has_a_place_in_diffusers(kind):
     targets = adapter_targets(depth=CONFIGS[kind].depth)
-    network = inject({"denoiser": meta_dit(kind)}, targets, LoraSettings(rank=1, alpha=1.0, optional_ranks=(1,) * 5))
+    network = inject({"denoiser": meta_dit(kind)}, targets, AdapterSettings(rank=1, alpha=1.0, optional_ranks=(1,) * 5))
     paths = {f"lora_unet_{path.replace('.', '_')}" for path in targets["denoiser"].fused}
     assert set(network.modules_by_name) == paths
 

@@ -9,7 +9,7 @@ from library.memory.checkpointing import enable_checkpointing
 from library.nn.attention import sdpa
 from library.records import NoisedLatents
 from networks.lora import inject
-from networks.lora_settings import LoraSettings
+from networks.settings import AdapterSettings
 
 FAMILY = synthetic_family("tiny")
 ROWS, SIDE = 2, 8
@@ -21,7 +21,7 @@ def denoiser(trained, interval):
     dit = LinearDiT(TINY, attention=sdpa).requires_grad_(trained == "everything")
     network = None
     if trained == "adapter":
-        network = inject({"denoiser": dit}, FAMILY.adapter_targets, LoraSettings(rank=4, alpha=4.0))
+        network = inject({"denoiser": dit}, FAMILY.adapter_targets, AdapterSettings(rank=4, alpha=4.0))
     if interval:
         enable_checkpointing(list(FAMILY.blocks(dit)), interval)
     return dit, network

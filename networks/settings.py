@@ -72,7 +72,7 @@ _HARMLESS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings:
+class AdapterSettings:
     """Which kind the adapter is, how large, where it goes and what is dropped while it trains.
 
     Attributes:
@@ -121,7 +121,7 @@ def factor_name(type_name: str) -> str:
     return type_name.removesuffix("_dim") + "_factor"
 
 
-def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets]) -> LoraSettings:
+def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets]) -> AdapterSettings:
     """This reads the settings that the user asked for.
 
     Args:
@@ -152,7 +152,7 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         raise ConfigError("--network_args conv_alpha does nothing without conv_dim; add conv_dim or remove it")
     if "dropout" in arguments and network.network_dropout:
         raise ConfigError("--network_args dropout and --network_dropout mean the same; keep one")
-    return LoraSettings(
+    return AdapterSettings(
         method=method,
         rank=network.network_dim,
         alpha=network.network_alpha,
