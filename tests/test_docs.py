@@ -199,11 +199,11 @@ def test_the_page_explains_every_refused_dataset_key():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_page_on_adapters_explains_every_network_arg(family):
     synthetic = pytest.importorskip(f"library.families.{family}.synthetic")
-    from networks import lora_settings
+    from networks import settings
 
     targets = synthetic.synthetic_family("tiny").adapter_targets.values()
     names = {name for target in targets for name in target.dims} | {t.enabled_by for t in targets if t.enabled_by}
-    names |= set(lora_settings.OWN_NAMES) | {lora_settings.factor_name(n) for target in targets for n in target.dims}
+    names |= set(settings.OWN_NAMES) | {settings.factor_name(n) for target in targets for n in target.dims}
     text = (DOCS / "adapters.md").read_text(encoding="utf-8")
     assert not [name for name in (*names, "emb_dims", "algo") if f"`{name}`" not in text]
 
