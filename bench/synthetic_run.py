@@ -13,6 +13,7 @@ from library.config.caching import CachingConfig
 from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.ema import EmaConfig
 from library.config.full import FullConfig
 from library.config.logging import LoggingConfig
 from library.config.memory import MemoryConfig
@@ -211,6 +212,7 @@ def _config(
         full=None if rank else FullConfig(),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         training=TrainingConfig(mixed_precision=precision),
+        ema=EmaConfig(),
         memory=MemoryConfig(gradient_checkpointing=checkpointing),
         validation=ValidationConfig(),
         sampling=SamplingConfig(),
