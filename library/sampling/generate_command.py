@@ -20,7 +20,8 @@ from library.families import FAMILIES, family_files, family_options
 from library.io.architectures import find_architecture
 from library.io.parts import read_weights
 from library.records import ModelDescription
-from library.sampling.prompts import PromptRequest, SizeRules, make_requests, read_entries
+from library.sampling.prompt_files import read_entries
+from library.sampling.prompts import PromptRequest, SizeRules, make_requests
 from library.sampling.requests import check_previews, typed_prompts
 from library.version import VERSION
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from library.config.errors import ConfigError
 from library.config.sampling import SamplingConfig, binning_table
 from library.records import ModelDescription
-from library.sampling.prompts import PromptEntry, PromptRequest, SizeRules, make_requests, read_entries
+from library.sampling.prompt_files import PromptEntry, read_entries
+from library.sampling.prompts import PromptRequest, SizeRules, make_requests
 
 
 def requested_samples(
