@@ -63,6 +63,12 @@ class TrainingConfig:
         metavar="FOLDER",
         aliases=("resume_from_checkpoint",),
     )
+    max_train_seconds: int | None = option(
+        None,
+        "End the run after the step in which so many seconds are over, with a state to resume from, and exit with 124. "
+        "They count from when the run begins to load; leave time to write the state. By default no limit.",
+        minimum=1,
+    )
     ddp_timeout: int | None = option(
         None, "Minutes after which processes that wait for each other give up. By default torch's own limit.", minimum=1
     )

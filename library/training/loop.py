@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.records import Batch
+from library.training.checkpoints import save_state, step_name
 from library.training.non_finite import NonFiniteLoss
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
@@ -18,7 +19,7 @@ _BUNDLE_NUMBERS = 1 << 24
 
 
 def train(run: Run) -> None:
-    """Optimize ``run.trainable`` until ``run.max_steps`` optimizer steps are done."""
+    """Optimize ``run.trainable`` until ``run.max_steps`` optimizer steps are done, or any process is asked to stop."""
     run.trainable.train()
     set_training_mode(run.optimizer, True)
     run.trackers.show_progress(first_step=run.first_step, max_steps=run.max_steps)
@@ -27,6 +28,18 @@ def train(run: Run) -> None:
         for hook in run.hooks:
             if hook.due(run, step + 1):
                 hook.act(run, step + 1)
+        if run.stop_code and step + 1 < run.max_steps:
+            save_for_later(run, step + 1)
+            return
+    run.stop_code = 0  # there is nothing left to stop
+
+
+def save_for_later(run: Run, done: int) -> None:
+    """Write the state of a run that ends early, and say how to go on."""
+    folder = save_state(run, step_name(run.config.saving, done), done)
+    run.accelerator.wait_for_everyone()
+    if folder is not None:
+        run.trackers.say(f"stopped after step {done} of {run.max_steps}; go on with --resume {folder}")
 
 
 def optimize(run: Run, step: int) -> None:
@@ -48,7 +61,10 @@ def optimize(run: Run, step: int) -> None:
         parameters = run.parameters
         sum_gradients(parameters, run.accelerator)
         norm = gradient_norm(run, parameters)
-    loss, *of_kinds = run.accelerator.reduce(sums, reduction="sum").tolist()
+    asked = run.stopper.exit_code
+    sums = torch.cat([sums, torch.tensor([asked, asked > 0], device=run.device, dtype=sums.dtype)])
+    loss, *of_kinds, codes, asking = run.accelerator.reduce(sums, reduction="sum").tolist()
+    run.stop_code = asked or (round(codes / asking) if asking else 0)
     rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
     run.step_numbers = {"loss": loss, "gradient_norm": norm.item()}
     for name, total, count in zip(("loss/regularisation", "loss/prior"), of_kinds[::2], of_kinds[1::2]):

@@ -16,6 +16,7 @@ from library.records import Batch
 from library.training.ema import WeightAverage
 from library.training.fused_backward import FusedBackward
 from library.training.losses import LossHistory
+from library.training.stopping import Stopper
 from library.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Run:
         hooks: Called in order after each optimizer step.
         trackers: Where numbers are logged.
         history: Losses of the steps so far.
+        stopper: Whether this process was asked to stop.
+        stop_code: What to exit with, once any process was asked to stop; 0: go on.
         average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
@@ -73,6 +76,8 @@ class Run:
     trackers: Trackers
     history: LossHistory
     metadata: dict[str, str]
+    stopper: Stopper = field(default_factory=lambda: Stopper(None, 0.0))
+    stop_code: int = 0
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -45,6 +46,7 @@ from library.training.report import run_facts, run_lines
 from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
 from library.training.step import encoded
+from library.training.stopping import Stopper
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
 from library.training.updates import prepare_updates
 from library.training.validation import Validation
@@ -54,14 +56,17 @@ log = logging.getLogger(__name__)
 
 def run_training(config: RunConfig) -> int:
     """This sets a run up, trains, and returns the exit code."""
+    started = time.monotonic()
     run, taker = set_up(config)
+    run.stopper = Stopper(config.training.max_train_seconds, started)
     try:
         if taker is not None and config.sampling.sample_at_first and run.first_step == 0:
             taker.take(run, 0, "e000000")
-        train(run)
+        with run.stopper.listening():
+            train(run)
     finally:
         run.close()
-    return 0
+    return run.stop_code
 
 
 def trained_components(config: RunConfig) -> tuple[str, ...]:
