@@ -10,11 +10,11 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.nn.attention import attention_function
-from library.training.checkpoints import refuse_other_weights
 from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_block_swap, resolve_precision
 from library.training.schedules import create_schedule
+from library.training.states import refuse_other_weights
 from library.training.trackers import check_packages
 from library.training.updates import check_updates
 

@@ -12,17 +12,11 @@ from library.sampling.drawing import draw
 from library.sampling.pictures import encode_prompts
 from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptRequest, PromptText
-from library.training.checkpoints import (
-    RAW,
-    averaged_weights,
-    epoch_name,
-    remove_old,
-    save_state,
-    save_weights,
-    step_name,
-)
 from library.training.ema import WeightAverage
+from library.training.rotation import remove_old
 from library.training.run import Run, StepHook
+from library.training.saved_weights import RAW, averaged_weights, epoch_name, save_weights, step_name
+from library.training.states import save_state
 from library.training.validation import Validation
 
 Due = Callable[[Run, int], bool]

@@ -1,21 +1,17 @@
 """The loop."""
 
-import math
-from collections.abc import Iterator
-
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.records import Batch
-from library.training.checkpoints import save_state, step_name
-from library.training.non_finite import NonFiniteLoss
+from library.training.gradients import gradient_norm, sum_gradients
+from library.training.non_finite import refuse_non_finite
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
+from library.training.saved_weights import step_name
 from library.training.schedules import current_learning_rates
+from library.training.states import save_state
 from library.training.step import MicroBatchLoss, training_loss
-
-_BUNDLE_NUMBERS = 1 << 24
 
 
 def train(run: Run) -> None:
@@ -110,60 +106,3 @@ def own_share(run: Run, step: int) -> tuple[int, int]:
     accumulation = run.config.training.gradient_accumulation_steps
     first = run.accelerator.process_index * accumulation
     return len(micro_batches[first : first + accumulation]), micro_batches[0].step_samples
-
-
-def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add up the gradients of all processes, in place.
-
-    An adapter's forward is patched into the denoiser, so DistributedDataParallel never sees it and its averaging
-    wouldn't run. Each process's loss is its share of the whole step's mean, so the sum is the step's gradient. A
-    process without a micro-batch in this step contributes zeros. Small gradients travel together, and never all at
-    once: a whole model's would need as much memory again.
-    """
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for some in bundles(parameters, _BUNDLE_NUMBERS):
-        gradients = [parameter.grad for parameter in some if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.SUM)
-        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(summed.view_as(gradient))
-
-
-def bundles(parameters: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters in groups of one type with about so many numbers; none is cut."""
-    bundle: list[nn.Parameter] = []
-    for parameter in parameters:
-        full = sum(other.numel() for other in bundle) + parameter.numel() > numbers
-        if bundle and (full or parameter.dtype != bundle[0].dtype):
-            yield bundle
-            bundle = []
-        bundle.append(parameter)
-    if bundle:
-        yield bundle
-
-
-def gradient_norm(run: Run, parameters: list[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together before clipping; clips them to ``--max_grad_norm`` when it is above 0."""
-    limit = run.config.optimizer.max_grad_norm or math.inf
-    return run.accelerator.clip_grad_norm_(parameters, limit)
-
-
-def refuse_non_finite(run: Run, step: int, samples: list[str]) -> None:
-    """Stop at a loss or gradient that is no number, naming the step and the samples.
-
-    With fp16 a gradient beyond the number range is ordinary: the loss scaler drops that update and lowers its scale.
-    """
-    loss, norm = run.step_numbers["loss"], run.step_numbers["gradient_norm"]
-    scaled = run.accelerator.scaler is not None
-    if math.isfinite(loss) and (math.isfinite(norm) or scaled):
-        return
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    value = loss if what == "loss" else norm
-    raise NonFiniteLoss(
-        f"step {step + 1}: the {what} is {value}; samples: {', '.join(samples) or 'of another process'}. "
-        "Nothing of this step was applied or saved. Lower --learning_rate, or look at these pictures"
-    )

@@ -28,7 +28,6 @@ from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
 from library.training import hooks
-from library.training.checkpoints import restore_state, resumed_progress
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
@@ -45,6 +44,7 @@ from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
 from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
+from library.training.states import restore_state, resumed_progress
 from library.training.step import encoded
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers

@@ -13,12 +13,12 @@ from library.config.run import RunConfig
 from library.data.cache_keys import text_key
 from library.families import create_family
 from library.families.protocols import ModelFamily
-from library.training.checkpoints import resumed_progress
 from library.training.data import TrainingData, captions_of, find_data, latent_items, latent_signature
 from library.training.encoders import LatentPreparation, cached_text_signature, prepare_text, prompt_readers
 from library.training.precision import resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.setup import has_accelerator, make_folder, resolve_seed, sample_requests, start_accelerator
+from library.training.states import resumed_progress
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,8 @@ def test_old_raw_files_go(job):
 
 def test_an_average_that_is_no_number_is_not_saved(job):
     from library.config.errors import ConfigError
-    from library.training.checkpoints import save_state, save_weights
+    from library.training.saved_weights import save_weights
+    from library.training.states import save_state
 
     def spoil(run):
         name, average = next(iter(run.average.tensors().items()))

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library.training.loop import bundles
+from library.training.gradients import bundles
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 JOBS = ("full_trainer", "sana_trainer")

@@ -1,13 +1,7 @@
-"""What a run writes: weights, run states, and which old ones go. Files appear whole or not at all."""
+"""The state of a run, which a resumed run goes on from. It appears whole or not at all."""
 
-import contextlib
 import hashlib
-import itertools
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +10,16 @@ from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.config.run import RunConfig
-from library.config.saving import SavingConfig
 from library.io.atomic import atomic_folder
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
 from library.training.ema import WeightAverage
-from library.training.optimizers import load_optimizer_state, set_training_mode
+from library.training.optimizers import load_optimizer_state
 from library.training.run import Run
+from library.training.saved_weights import refuse_non_finite_weights
 
 STATE_FORMAT = 1
 TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
-RAW = "_raw"
-"""Goes after the name of what is made with the weights as they are trained, beside their average."""
-
-_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def step_name(config: SavingConfig, step: int) -> str:
-    """The stem of what is saved at an optimizer step."""
-    return f"{config.output_name}-step{step:08d}"
-
-
-def epoch_name(config: SavingConfig, epoch: int) -> str:
-    """The stem of what is saved at an epoch's end; epochs count from 1."""
-    return f"{config.output_name}-{epoch:06d}"
-
-
-def save_weights(run: Run, stem: str, done: int) -> list[Path]:
-    """Write the trained weights in every format that was asked for; returns the files and folders."""
-    if not run.accelerator.is_main_process:
-        return []
-    refuse_non_finite_weights(run, done)
-    precision = run.config.saving.save_precision
-    dtype = _DTYPES[precision] if precision else None
-    with averaged_weights(run):
-        facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
-        written = list(run.job.save(run, stem, done, dtype, facts))
-    if run.config.ema.ema_save_raw:
-        written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
-    return written
-
-
-def refuse_non_finite_weights(run: Run, done: int) -> None:
-    """Stop before anything is written when a trained weight, or the average of one, is no number.
-
-    Raises:
-        ConfigError: One is, naming it.
-    """
-    average = run.average.tensors() if run.average is not None else {}
-    averaged = ((f"the average of {name}", tensor) for name, tensor in average.items())
-    for name, tensor in itertools.chain(run.trainable.state_dict().items(), averaged):
-        if not torch.isfinite(tensor).all():
-            raise ConfigError(
-                f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"
-            )
-
-
-@contextlib.contextmanager
-def averaged_weights(run: Run) -> Iterator[None]:
-    """Inside, the weights are those that are meant to be used: their average. Afterwards training goes on exactly.
-
-    Schedule-free optimizers have an average of their own. Their way back is a rounding away from where they were, so
-    the training weights are kept and put back.
-    """
-    if run.average is not None:
-        with run.average.shown():
-            yield
-        return
-    inner = getattr(run.optimizer, "optimizer", run.optimizer)
-    if not hasattr(inner, "eval"):
-        yield
-        return
-    kept = [parameter.detach().clone() for parameter in run.parameters]
-    set_training_mode(run.optimizer, False)
-    try:
-        yield
-    finally:
-        set_training_mode(run.optimizer, True)
-        with torch.no_grad():
-            for parameter, value in zip(run.parameters, kept):
-                parameter.copy_(value)
 
 
 def save_state(run: Run, stem: str, done: int) -> Path | None:
@@ -233,25 +157,3 @@ def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
             f"--resume {folder}: what it trains is something else than in this configuration, {len(differing)} tensors "
             f"differ, first {differing[0]}; use the options that the state was saved with"
         )
-
-
-def remove_old(run: Run, done: int) -> None:
-    """Delete what the ``--save_last_n_*`` options no longer keep: only files named as this run names them."""
-    if not run.accelerator.is_main_process:
-        return
-    saving = run.config.saving
-    stem = re.escape(saving.output_name)
-    epoch = run.plan.epoch_of(done)  # counted from 0: so many are complete
-    written = rf"({RAW})?(_diffusers)?(\.safetensors|\.pth|)"  # without an ending: a folder
-    limits = (
-        (rf"{stem}-step(\d{{8}}){written}", saving.save_last_n_steps, done),
-        (rf"{stem}-(\d{{6}}){written}", saving.save_last_n_epochs, epoch),
-        (rf"{stem}-step(\d{{8}})-state", saving.save_last_n_steps_state or saving.save_last_n_steps, done),
-        (rf"{stem}-(\d{{6}})-state", saving.save_last_n_epochs_state or saving.save_last_n_epochs, epoch),
-    )
-    for name in os.listdir(saving.output_dir):
-        for pattern, keep, now in limits:
-            match = re.fullmatch(pattern, name)
-            if match and keep is not None and int(match.group(1)) <= now - keep:
-                path = Path(saving.output_dir) / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
