@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from library.memory.activation_offload import ActivationOffload
 
-def enable_checkpointing(blocks: Sequence[nn.Module], interval: int) -> None:
+
+def enable_checkpointing(blocks: Sequence[nn.Module], interval: int, offload: ActivationOffload | None = None) -> None:
     """This makes every ``interval``-th block keep its inputs only (Chen et al. 2016, arXiv:1604.06174).
 
     Each block's ``forward`` is wrapped on the instance, so modules, hooks and state-dict keys stay. The wrapper acts
@@ -20,6 +22,7 @@ def enable_checkpointing(blocks: Sequence[nn.Module], interval: int) -> None:
     Args:
         blocks: The model's blocks in forward order.
         interval: Blocks 0, n, 2n, ... are checkpointed; 1 means all.
+        offload: Where their inputs wait for the backward pass; None: on the device.
 
     Raises:
         ValueError: The interval is not positive, or a block is checkpointed already.
@@ -30,10 +33,11 @@ def enable_checkpointing(blocks: Sequence[nn.Module], interval: int) -> None:
         if getattr(block.forward, "func", None) is _checkpointed:
             raise ValueError(f"a {type(block).__name__} is checkpointed already; enable checkpointing once")
         # A partial over a bound method, unlike a closure, follows the block through deepcopy and pickle.
-        block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
+        run = partial(checkpoint, use_reentrant=False) if offload is None else offload.run
+        block.forward = partial(_checkpointed, run, block.forward)  # type: ignore[method-assign]
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(run: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return run(forward, *args, **kwargs)

@@ -1,0 +1,112 @@
+"""Copies of weights from the host to a device, beside what the device computes."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transfers(Protocol):
+    """Where swapped weights lie, and how they travel."""
+
+    def host_buffer(self, size: int) -> Tensor:
+        """So many bytes on the host, uint8, from which copies are fast."""
+        ...
+
+    def device_buffer(self, size: int) -> Tensor:
+        """So many bytes on the device, uint8."""
+        ...
+
+    def fetch(self, source: Tensor, target: Tensor, slot: int) -> None:
+        """This begins to copy to a slot, once what was computed up to now no longer needs the slot's old content."""
+        ...
+
+    def wait(self, slot: int) -> None:
+        """What is computed from now on sees what was fetched into the slot."""
+        ...
+
+
+class CudaTransfers:
+    """``Transfers`` to a CUDA device: pinned memory, a stream of its own, and events. The host never waits."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._arrived: dict[int, torch.cuda.Event] = {}
+
+    def host_buffer(self, size: int) -> Tensor:
+        """See ``Transfers``."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def device_buffer(self, size: int) -> Tensor:
+        """See ``Transfers``."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def fetch(self, source: Tensor, target: Tensor, slot: int) -> None:
+        """See ``Transfers``."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        self._arrived[slot] = arrived
+
+    def wait(self, slot: int) -> None:
+        """See ``Transfers``."""
+        if slot in self._arrived:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
+
+
+@dataclass
+class Stashed:
+    """A tensor on the host, and on the device once it is on its way back."""
+
+    buffer: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    tensor: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+class CudaStash:
+    """``library.memory.activation_offload.Stash`` for a CUDA device; the host never waits.
+
+    All copies are made one after the other on a stream of their own, so a buffer on the host may be used anew as soon as
+    its copy back has been asked for.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._free: dict[int, list[Tensor]] = {}
+
+    def put(self, tensor: Tensor) -> Stashed:
+        """See ``Stash``."""
+        free = self._free.get(tensor.nbytes)
+        buffer = free.pop() if free else torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is given to nobody else before it has left
+        return Stashed(buffer, tensor.shape, tensor.dtype)
+
+    def send_for(self, kept: Stashed) -> None:
+        """See ``Stash``."""
+        if kept.tensor is not None:
+            return
+        kept.tensor = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            kept.tensor.copy_(kept.buffer.view(kept.dtype).view(kept.shape), non_blocking=True)
+            kept.arrived = torch.cuda.Event()
+            kept.arrived.record(self._stream)
+        kept.tensor.record_stream(self._stream)
+        self._free.setdefault(kept.buffer.numel(), []).append(kept.buffer)
+
+    def take(self, kept: Stashed) -> Tensor:
+        """See ``Stash``."""
+        self.send_for(kept)
+        assert kept.tensor is not None and kept.arrived is not None
+        torch.cuda.current_stream(self._device).wait_event(kept.arrived)
+        return kept.tensor
