@@ -1,14 +1,13 @@
 """Checkpointed blocks whose inputs wait on the host for the backward pass.
 
-What a checkpointed block keeps is its inputs. Here they leave for the host as soon as the block has used them, and are sent
-for again while the block after it goes through its backward pass.
+What a checkpointed block keeps is its inputs. Here they leave for the host as soon as the block has used them, and are
+sent for again while the block after it goes through its backward pass.
 """
 
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -1,9 +1,9 @@
 """Block swap: a few places on the device hold the frozen weights of many blocks in turn.
 
-Each swapped block has one copy of its frozen weights on the host, which never changes and never travels back. A ring of
-slots on the device takes the blocks in the order in which the pass needs them, ahead of their turn: up in a forward pass,
-down in a backward pass, and up again from the start after it. What is in the slots where a pass turns round stays there.
-The model's code knows nothing of it.
+Each swapped block has one copy of its frozen weights on the host, which never changes and never travels back. A ring
+of slots on the device takes the blocks in the order in which the pass needs them, ahead of their turn: up in a forward
+pass, down in a backward pass, and up again from the start after it. What is in the slots where a pass turns round stays
+there. The model's code knows nothing of it.
 """
 
 import itertools
@@ -168,7 +168,7 @@ class BlockSwap:
         slot = self._slots[self._held.index(turn)]
         if tensor.untyped_storage().data_ptr() != slot.untyped_storage().data_ptr():
             return tensor
-        offset = tensor.storage_offset() * tensor.dtype.itemsize
+        offset = int(tensor.storage_offset()) * tensor.dtype.itemsize
         return _Saved(turn, offset, tensor.shape, tensor.stride(), tensor.dtype)
 
     def unpack(self, kept: Tensor | _Saved) -> Tensor:

@@ -72,8 +72,8 @@ class Stashed:
 class CudaStash:
     """``library.memory.activation_offload.Stash`` for a CUDA device; the host never waits.
 
-    All copies are made one after the other on a stream of their own, so a buffer on the host may be used anew as soon as
-    its copy back has been asked for.
+    All copies are made one after the other on a stream of their own, so a buffer on the host may be used anew as soon
+    as its copy back has been asked for.
     """
 
     def __init__(self, device: torch.device):
