@@ -7,7 +7,7 @@ there. The model's code knows nothing of it.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.memory.packed_weights import PackedWeights
 from library.memory.transfers import Transfers
 
 AHEAD = 2
 """Blocks that are on their way, or there already, while one computes."""
-
-_ALIGNMENT = 256  # of each tensor in its buffer, in bytes: what kernels load in one piece
 
 
 def swapped_blocks(count: int, blocks: int) -> list[int]:
@@ -50,20 +49,6 @@ def slot_count(count: int, blocks: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in its block's buffer: ``begin`` in bytes."""
-
-    tensor: Tensor
-    begin: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def view(self, buffer: Tensor) -> Tensor:
-        length = self.shape.numel() * self.dtype.itemsize
-        return buffer[self.begin : self.begin + length].view(self.dtype).view(self.shape)
-
-
-@dataclass(frozen=True)
 class _Saved:
     """What autograd keeps of a weight in a slot: where it lies in its block."""
 
@@ -84,16 +69,22 @@ class BlockSwap:
         count: How many blocks' weights the device is relieved of.
         transfers: Moves the bytes.
         checkpointed: The numbers of the blocks whose inner activations are computed again in the backward pass.
+        elsewhere: Weights that something else takes care of.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], count: int, transfers: Transfers, *, checkpointed: Sequence[int] = ()
+        self,
+        blocks: Sequence[nn.Module],
+        count: int,
+        transfers: Transfers,
+        *,
+        checkpointed: Collection[int] = (),
+        elsewhere: Collection[Tensor] = (),
     ):
         self._numbers = swapped_blocks(count, len(blocks))
         self._transfers = transfers
-        self._layouts = [_layout(blocks[number]) for number in self._numbers]
-        self._masters = [self._to_host(layout) for layout in self._layouts]
-        size = max((master.numel() for master in self._masters), default=0)
+        self._weights = [PackedWeights(_frozen(blocks[number], elsewhere), transfers) for number in self._numbers]
+        size = max((weights.size for weights in self._weights), default=0)
         slots = slot_count(count, len(blocks)) if self._numbers else 0
         self._slots = [transfers.device_buffer(size) for _ in range(slots)]
         self._held: list[int | None] = [None] * slots  # the turn whose weights a slot has
@@ -106,7 +97,7 @@ class BlockSwap:
     @property
     def host_bytes(self) -> int:
         """Memory of the copies on the host."""
-        return sum(master.numel() for master in self._masters)
+        return sum(weights.size for weights in self._weights)
 
     @property
     def device_bytes(self) -> int:
@@ -146,22 +137,11 @@ class BlockSwap:
             return
         slot = next(number for number, held in enumerate(self._held) if held not in keep)
         if (leaving := self._held[slot]) is not None:
-            self._point(leaving, self._masters[leaving])
-        self._transfers.fetch(self._masters[turn], self._slots[slot][: self._masters[turn].numel()], slot)
+            self._weights[leaving].go_home()
+        weights, target = self._weights[turn], self._slots[slot][: self._weights[turn].size]
+        self._transfers.fetch(weights.master, target, slot)
         self._held[slot] = turn
-        self._point(turn, self._slots[slot])
-
-    def _point(self, turn: int, buffer: Tensor) -> None:
-        for place in self._layouts[turn]:
-            place.tensor.data = place.view(buffer)
-
-    def _to_host(self, layout: Sequence[_Place]) -> Tensor:
-        size = max((place.begin + place.tensor.nbytes for place in layout), default=0)
-        master = self._transfers.host_buffer(size)
-        for place in layout:
-            place.view(master).copy_(place.tensor.data)
-            place.tensor.data = place.view(master)
-        return master
+        weights.lie_in(target)
 
     def pack(self, turn: int, tensor: Tensor) -> Tensor | _Saved:
         """What autograd shall keep of ``tensor``: of a weight in a slot, which others will use meanwhile, its place."""
@@ -180,14 +160,12 @@ class BlockSwap:
         return slot[kept.offset :].view(kept.dtype).as_strided(kept.size, kept.stride)
 
 
-def _layout(block: nn.Module) -> list[_Place]:
-    """The frozen weights of a block, each once, and where they lie in its buffer."""
-    frozen = (parameter for parameter in block.parameters() if not parameter.requires_grad)
-    places, begin = [], 0
-    for tensor in itertools.chain(frozen, block.buffers()):
-        places.append(_Place(tensor, begin, tensor.dtype, tensor.shape))
-        begin += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return places
+def _frozen(block: nn.Module, elsewhere: Collection[Tensor]) -> Iterator[Tensor]:
+    """The weights of a block that never change, each once."""
+    left_out = {id(tensor) for tensor in elsewhere}
+    for tensor in itertools.chain(block.parameters(), block.buffers()):
+        if not tensor.requires_grad and id(tensor) not in left_out:
+            yield tensor
 
 
 def _in_backward() -> bool:
