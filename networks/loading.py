@@ -1,6 +1,7 @@
 """From options or files to an adapter on the model."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from networks.lora import AdapterNetwork, attach, inject, size_metadata
 from networks.methods import UpdateWeights
 from networks.settings import AdapterSettings, read_settings
 from networks.targeting import TargetedLayer, all_layers, trained_components
+from networks.wrapping import weight_shape
 
 if TYPE_CHECKING:
     from library.config.run import RunConfig
@@ -202,10 +204,9 @@ def match_layers(
             f"{', '.join(unknown[:3])}"
         )
     for name, given in here.items():
-        expected = layers[name].base.weight.shape
-        found = given.shape
+        expected, found = weight_shape(layers[name].base), given.shape
         # A convolution's kernel may be laid out flat.
-        if found != tuple(expected) and found != (expected[0], expected[1:].numel()):
+        if found != expected and found != (expected[0], math.prod(expected[1:])):
             raise ConfigError(
                 f"{source} is for another model: {name} changes a weight of size {list(found)}, here it has "
                 f"{list(expected)}"

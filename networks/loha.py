@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.randomness import torch_generator
 from networks.lora_layer import LoraWeights
-from networks.wrapping import NO_DROPOUT, Base, Dropouts, WrappedForward, empty_parameter, layer_size
+from networks.wrapping import NO_DROPOUT, Base, Dropouts, WrappedForward, empty_parameter, layer_size, tensor_of
 
 
 class LohaWeights(NamedTuple):
@@ -98,9 +98,9 @@ class LohaLayer(nn.Module):
         self.enabled = True
         self.size = layer_size(base)
         for part in ("w1", "w2"):
-            rows = empty_parameter(self.size.outputs, rank, like=base.weight)
+            rows = empty_parameter(self.size.outputs, rank, like=tensor_of(base))
             self.register_parameter(f"hada_{part}_a", rows)
-            self.register_parameter(f"hada_{part}_b", empty_parameter(rank, self.size.columns, like=base.weight))
+            self.register_parameter(f"hada_{part}_b", empty_parameter(rank, self.size.columns, like=tensor_of(base)))
         self.wrapped = WrappedForward(base, self.forward)
 
     @property

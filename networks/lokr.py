@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from library.randomness import torch_generator
 from networks.lora_layer import LoraWeights
-from networks.wrapping import NO_DROPOUT, Base, Dropouts, LayerSize, WrappedForward, empty_parameter, layer_size
+from networks.wrapping import (
+    NO_DROPOUT,
+    Base,
+    Dropouts,
+    LayerSize,
+    WrappedForward,
+    empty_parameter,
+    layer_size,
+    tensor_of,
+)
 
 Factor = tuple[Tensor, ...]
 """A whole factor, or the two matrices whose product it is."""
@@ -189,8 +198,8 @@ class LokrLayer(nn.Module):
         self.size = layer_size(base)
         (a, c), (b, d) = plan.w1, plan.w2
         columns = d * torch.Size(self.size.kernel).numel()
-        self._make("lokr_w1", plan.w1_rank, (a, c), (a, c), base.weight)
-        self._make("lokr_w2", plan.w2_rank, (b, columns), (b, d, *self.size.kernel), base.weight)
+        self._make("lokr_w1", plan.w1_rank, (a, c), (a, c), tensor_of(base))
+        self._make("lokr_w2", plan.w2_rank, (b, columns), (b, d, *self.size.kernel), tensor_of(base))
         self.wrapped = WrappedForward(base, self.forward)
 
     @property

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.randomness import torch_generator
-from networks.wrapping import NO_DROPOUT, Base, Dropouts, WrappedForward, layer_size
+from networks.wrapping import NO_DROPOUT, Base, Dropouts, WrappedForward, layer_size, tensor_of
 
 
 class LoraWeights(NamedTuple):
@@ -141,7 +141,7 @@ class LoraLayer(nn.Module):
 
 def _empty_pair(base: Base, rank: int) -> tuple[Any, Any]:
     """``down`` and ``up`` in fp32 on the base's device, without values, and without touching torch's generators."""
-    device, skip_init = base.weight.device, torch.nn.utils.skip_init
+    device, skip_init = tensor_of(base).device, torch.nn.utils.skip_init
     if isinstance(base, nn.Linear):
         return (
             skip_init(nn.Linear, base.in_features, rank, bias=False, device=device, dtype=torch.float32),

@@ -1,5 +1,6 @@
 """What every kind of update shares: how it gets into a layer's ``forward``, which layers can take one, and dropouts."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,6 +41,18 @@ def layer_size(base: Base) -> LayerSize:
     if base.groups != 1 or base.padding_mode != "zeros":
         raise ValueError(f"convolutions with groups or {base.padding_mode} padding can't get an adapter: {base}")
     return LayerSize(base.out_channels, base.in_channels, tuple(base.kernel_size))
+
+
+def weight_shape(base: Base) -> tuple[int, ...]:
+    """The shape of a layer's weight, however it is stored."""
+    if isinstance(base, nn.Linear):
+        return base.out_features, base.in_features
+    return base.out_channels, base.in_channels // base.groups, *base.kernel_size
+
+
+def tensor_of(base: Base) -> Tensor:
+    """A tensor that lies where the layer's numbers lie; a layer that stores them in few bits has no ``weight``."""
+    return next(itertools.chain(base.parameters(), base.buffers()))
 
 
 class WrappedForward:

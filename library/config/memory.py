@@ -1,9 +1,25 @@
 """What trades time for memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
 from library.config.options import option
+
+_FORMATS = (
+    "int8",
+    "int8-quanto",
+    "int8-torchao",
+    "int8-bnb",
+    "fp8",
+    "fp8-quanto",
+    "fp8-torchao",
+    "int4",
+    "int4-quanto",
+    "int4-torchao",
+    "nf4",
+    "nf4-bnb",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +42,34 @@ class MemoryConfig:
         "accumulation, no fp16 and one process.",
         metadata_key="ss_fused_backward_pass",
     )
+    cpu_offload_checkpointing: bool = option(
+        False,
+        "With --gradient_checkpointing: the inputs of the blocks wait in host memory for the backward pass, and come "
+        "back ahead of their turn. The results are the same.",
+    )
     blocks_to_swap: int | None = option(
         None,
-        "Keep this many blocks of the denoiser off the device and bring each when it is needed. By default none. Not "
-        "available yet; use --gradient_checkpointing.",
+        "For adapters: relieve the device of the weights of this many blocks, up to all of them. They stay in host "
+        "memory and come two blocks ahead of their turn; the results are the same. By default none.",
         minimum=0,
+    )
+    stream_modulation: bool = option(
+        False,
+        "For adapters on SD3 that leave modulation layers alone: compute the modulation of all blocks at the start of "
+        "a pass from weights that stay in host memory, a third of the model. The results are the same.",
+    )
+    base_model_precision: str = option(
+        "no_change",
+        "For adapters: store the matrices of the frozen denoiser's blocks in 8 or 4 bits, with a scale per output or "
+        "per 64 weights; norms, embeddings and what comes first and last stay as they are. What comes after a dash, as "
+        "other tools write it, doesn't matter.",
+        choices=("no_change", *_FORMATS),
+        metadata_key="ss_base_model_precision",
+    )
+    quantize_via: str = option(
+        "accelerator",
+        "Where --base_model_precision is computed: block by block on the device, or on the host, which is slower.",
+        choices=("accelerator", "cpu"),
     )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
@@ -39,10 +78,37 @@ class MemoryConfig:
         problems = []
         if self.sdpa and self.xformers:
             problems.append("--sdpa and --xformers exclude each other; keep one")
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
+        if self.quantize_via != "accelerator" and self.base_format is None:
+            problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
         if self.gradient_checkpointing_interval != 1 and not self.gradient_checkpointing:
             problems.append("--gradient_checkpointing_interval does nothing without --gradient_checkpointing; add it")
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def full_model_problems(self) -> Iterator[str]:
+        """What can't be done with weights that are trained, one line each."""
+        asked = {
+            "blocks_to_swap": self.blocks_to_swap,
+            "stream_modulation": self.stream_modulation,
+            "base_model_precision": self.base_format,
+        }
+        for name in (name for name, value in asked.items() if value):
+            yield (
+                f"--{name} is for weights that stay as they are, and a full fine-tune trains them; remove it, and see "
+                "--fused_backward_pass and --optimizer_type CAME8bit"
+            )
+
+    @property
+    def base_format(self) -> str | None:
+        """How the frozen denoiser's matrices are stored: int8, fp8, int4 or nf4; None: as they are loaded."""
+        return None if self.base_model_precision == "no_change" else self.base_model_precision.split("-")[0]
+
+    @property
+    def changes_placement(self) -> bool:
+        """Whether the denoiser's weights lie elsewhere than on the device, or in fewer bits."""
+        return bool(self.blocks_to_swap or self.stream_modulation or self.base_format)
 
     @property
     def attention_backend(self) -> str:

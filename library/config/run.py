@@ -145,6 +145,7 @@ class RunConfig:
             *self._learning_problems(),
             *self._average_problems(),
             *update_problems(self.optimizer, self.training, self.memory),
+            *(self.memory.full_model_problems() if self.network is None else ()),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),

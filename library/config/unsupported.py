@@ -11,16 +11,13 @@ _SHARDING = (
 )
 _HUB = "nothing is uploaded while training. Upload the result with `hf upload <repo> <file>`"
 _EXACT_RESUME = "--resume always goes on exactly where the state was saved, data order included. Remove it"
-_QUANTISED = "the base model can't be stored quantised. Use --mixed_precision bf16 with --gradient_checkpointing"
+_FP8 = "its fp8 has no scales. Use --base_model_precision fp8, which has one for each output"
 _IN_PROMPTS = "each line of the --sample_prompts file says it for its picture"
 _IN_DATASET = "the dataset TOML says it; see --dataset_config"
 
 REASONS: dict[str, str] = {
-    "fp8_base": _QUANTISED,
-    "fp8_base_unet": _QUANTISED,
-    "cpu_offload_checkpointing": (
-        "checkpoints stay on the device. Use --gradient_checkpointing, whose inputs of blocks take little"
-    ),
+    "fp8_base": _FP8,
+    "fp8_base_unet": _FP8,
     "lowram": "parts are loaded one after another and leave memory when they are done, always. Remove it",
     "highvram": "the device's memory is given back between the caching and the training only. Remove it",
     "mem_eff_attn": "torch's own attention saves as much memory and is faster. Use --sdpa, or remove it",
@@ -59,11 +56,9 @@ REASONS: dict[str, str] = {
         "its settings are options: `python -m tools.import_simpletuner` translates them, to --network_module "
         "lycoris.kohya --network_dim 8 --network_args algo=lokr factor=16 and the like"
     ),
-    "base_model_precision": _QUANTISED,
     "text_encoder_1_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
-    "quantize_via": _QUANTISED,
     "ema_cpu_only": "use --ema_device cpu, which is the default",
     "ema_foreach_disable": "the average is the same either way. Remove it",
     "validation_preview": "unfinished samples are written where --preview_every says how often. Remove it",

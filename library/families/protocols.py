@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -95,6 +95,18 @@ class Objective(Protocol):
         ...
 
 
+class Modulation(NamedTuple):
+    """What an MMDiT makes of the noise level and the pooled text.
+
+    Attributes:
+        layers: Each maps the conditioning (B, D) to vectors (B, n), in forward order.
+        embedders: What makes the conditioning.
+    """
+
+    layers: Sequence[nn.Module]
+    embedders: Sequence[nn.Module]
+
+
 class ModelFamily(Protocol):
     """One architecture, in a few parts. The trainer knows nothing else about it."""
 
@@ -133,6 +145,10 @@ class ModelFamily(Protocol):
 
     def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """The repeated blocks in forward order: what checkpointing and block swap act on."""
+        ...
+
+    def modulation(self, denoiser: nn.Module) -> Modulation:
+        """The layers of blocks that see the conditioning vector alone; none where a model has one for all blocks."""
         ...
 
     def write_model(

@@ -70,6 +70,9 @@ class BlockSwap:
         transfers: Moves the bytes.
         checkpointed: The numbers of the blocks whose inner activations are computed again in the backward pass.
         elsewhere: Weights that something else takes care of.
+
+    Attributes:
+        numbers: The blocks that take turns, in forward order.
     """
 
     def __init__(
@@ -81,18 +84,23 @@ class BlockSwap:
         checkpointed: Collection[int] = (),
         elsewhere: Collection[Tensor] = (),
     ):
-        self._numbers = swapped_blocks(count, len(blocks))
+        self.numbers = swapped_blocks(count, len(blocks))
         self._transfers = transfers
-        self._weights = [PackedWeights(_frozen(blocks[number], elsewhere), transfers) for number in self._numbers]
+        self._weights = [PackedWeights(_frozen(blocks[number], elsewhere), transfers) for number in self.numbers]
         size = max((weights.size for weights in self._weights), default=0)
-        slots = slot_count(count, len(blocks)) if self._numbers else 0
+        slots = slot_count(count, len(blocks)) if self.numbers else 0
         self._slots = [transfers.device_buffer(size) for _ in range(slots)]
         self._held: list[int | None] = [None] * slots  # the turn whose weights a slot has
         self._current: int | None = None
-        for turn, number in enumerate(self._numbers):
+        for turn, number in enumerate(self.numbers):
             block = blocks[number]
             forward = partial(_swapped, self, turn, number not in checkpointed, block.forward)
             block.forward = forward  # type: ignore[method-assign]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All weights that are swapped."""
+        return [tensor for weights in self._weights for tensor in weights.tensors]
 
     @property
     def host_bytes(self) -> int:
@@ -107,7 +115,7 @@ class BlockSwap:
     @property
     def resident(self) -> tuple[int, ...]:
         """The numbers of the swapped blocks that are on the device or on their way there."""
-        return tuple(sorted(self._numbers[turn] for turn in self._held if turn is not None))
+        return tuple(sorted(self.numbers[turn] for turn in self._held if turn is not None))
 
     def enter(self, turn: int) -> None:
         """Make a block's weights usable by what is computed from now on, and send for those that come next."""
@@ -122,7 +130,7 @@ class BlockSwap:
 
     def _coming(self, turn: int) -> Iterator[int]:
         """The turns after this one, each once, in the order in which they are expected."""
-        last = len(self._numbers) - 1
+        last = len(self.numbers) - 1
         up, down = range(turn + 1, last + 1), range(turn - 1, -1, -1)
         if _in_backward():
             expected = itertools.chain(down, range(last + 1))

@@ -42,6 +42,11 @@ class PackedWeights:
         self.go_home()
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those it was made of."""
+        return [place.tensor for place in self._places]
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return self.master.numel()

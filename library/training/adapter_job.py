@@ -11,6 +11,7 @@ from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.io.safetensors import save_tensors
 from library.training.metadata import checkpoint_metadata, tensor_hash
+from library.training.placing import check_placement
 from library.training.precision import Precision
 from library.training.run import Run
 from networks.loading import (
@@ -45,7 +46,9 @@ class AdapterJob:
             match_layers(
                 read_adapter(path, targets), layers_by_name(roots, targets), roots, targets, path, partial=True
             )
-        return create_network(config, roots, targets, run_seed=0)
+        network = create_network(config, roots, targets, run_seed=0)
+        check_placement(config.memory, family, roots[DENOISER])
+        return network
 
     def dtype(self, component: str, config: RunConfig, family: ModelFamily, precision: Precision) -> torch.dtype:
         """See ``Job``."""

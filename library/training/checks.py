@@ -12,7 +12,7 @@ from library.families.protocols import ModelFamily
 from library.nn.attention import attention_function
 from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
-from library.training.precision import resolve_block_swap, resolve_precision
+from library.training.precision import resolve_precision
 from library.training.schedules import create_schedule
 from library.training.states import refuse_other_weights
 from library.training.trackers import check_packages
@@ -41,7 +41,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         lambda: _try_optimizer(config),
         lambda: check_updates(config),
         lambda: job.check(config, family),
-        lambda: _rehearse(config, family, accelerator_available=accelerator_available),
+        lambda: _rehearse(config, family),
     )
     problems: list[str] = []
     for check in checks:
@@ -68,9 +68,8 @@ def _try_optimizer(config: RunConfig) -> None:
     create_schedule(config.optimizer, created.optimizer, max_steps=config.training.max_train_steps)
 
 
-def _rehearse(config: RunConfig, family: ModelFamily, *, accelerator_available: bool) -> None:
+def _rehearse(config: RunConfig, family: ModelFamily) -> None:
     """Make what is trained on the meta device."""
     trainable = job_of(config).rehearse(config, family)
-    resolve_block_swap(config, family.description.blocks, accelerator_available=accelerator_available)
     if config.training.resume:
         refuse_other_weights(config.training.resume, trainable)

@@ -47,25 +47,3 @@ def resolve_precision(config: RunConfig, *, accelerator_available: bool) -> Prec
     elif config.training.full_fp16:
         notes.append("no accelerator: --full_fp16 keeps the trained weights in fp32 here")
     return Precision(mixed, dtypes[mixed], trained, tuple(notes))
-
-
-def resolve_block_swap(config: RunConfig, block_count: int, *, accelerator_available: bool) -> list[str]:
-    """Notes on ``--blocks_to_swap``.
-
-    Raises:
-        ConfigError: There is an accelerator: blocks can't be swapped yet.
-    """
-    asked = config.memory.blocks_to_swap
-    if not asked:
-        return []
-    if accelerator_available:
-        raise ConfigError(
-            "--blocks_to_swap: block swap is not available yet; use --gradient_checkpointing and a smaller resolution, "
-            "and remove the option"
-        )
-    notes = []
-    most = max(0, block_count - 2)
-    if asked > most:
-        notes.append(f"--blocks_to_swap {asked} lowered to {most}: the model has {block_count} blocks, two stay")
-    notes.append("no accelerator: every block is in host memory already, nothing is swapped")
-    return notes

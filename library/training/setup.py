@@ -23,7 +23,6 @@ from library.data.report_lines import report_lines
 from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
-from library.memory.checkpointing import enable_checkpointing
 from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
@@ -39,7 +38,8 @@ from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
 from library.training.optimizers import create_optimizer
-from library.training.precision import Precision, resolve_block_swap, resolve_precision
+from library.training.placing import load_device, place, save_activations
+from library.training.precision import Precision, resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
 from library.training.run import Run, StepHook
@@ -109,11 +109,14 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
     trained = {name: dtypes[name] for name in components if name != DENOISER}
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtypes[DENOISER])
+    denoiser = family.load_denoiser(device=load_device(config.memory, accelerator.device), dtype=dtypes[DENOISER])
     merge_base_weights(config, family, {DENOISER: denoiser})
+    for line in place(config.memory, family, denoiser, accelerator.device):
+        log.info(line)
     roots = {DENOISER: denoiser, **text_side.encoders}
     trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
-    save_memory(config, family, denoiser)
+    for line in save_activations(config.memory, list(family.blocks(denoiser)), accelerator.device):
+        log.info(line)
     created = create_optimizer(
         config.optimizer.name,
         config.optimizer.optimizer_args,
@@ -257,15 +260,6 @@ def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[P
     """The sample pictures; none unless something asks for samples."""
     step = family.latents.format.resolution_step
     return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed)
-
-
-def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> None:
-    """Switch on what trades time for memory."""
-    blocks = list(family.blocks(denoiser))
-    for line in resolve_block_swap(config, len(blocks), accelerator_available=has_accelerator()):
-        log.info(line)
-    if config.memory.gradient_checkpointing:
-        enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
 
 
 def trained_parameters(run: Run) -> dict[str, nn.Parameter]:

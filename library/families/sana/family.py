@@ -15,6 +15,7 @@ from library.config.flow import FlowConfig
 from library.config.full import PARTS
 from library.diffusion.flow_matching import FlowMatching
 from library.diffusion.timesteps import shift
+from library.families.protocols import Modulation
 from library.families.sana.adapter_targets import adapter_targets
 from library.families.sana.checkpoint import check_weights, load_dit, load_vae, read_dit_config, read_vae_config
 from library.families.sana.export import (
@@ -118,6 +119,10 @@ class SanaFamily:
         """The blocks in forward order."""
         unwrapped: Any = getattr(denoiser, "module", denoiser)  # DistributedDataParallel keeps it in ``module``
         return list(unwrapped.blocks)
+
+    def modulation(self, denoiser: nn.Module) -> Modulation:
+        """None: one layer makes the vectors of all blocks."""
+        return Modulation([], [])
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The noise levels of diffusers' flow schedule (steps + 1,), from a little below 1 to 0, fp32.

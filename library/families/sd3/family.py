@@ -15,6 +15,7 @@ from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.diffusion.flow_matching import FlowMatching
 from library.diffusion.timesteps import shift
+from library.families.protocols import Modulation
 from library.families.sd3 import position_table
 from library.families.sd3.adapter_targets import adapter_targets
 from library.families.sd3.checkpoint import check_weights, load_mmdit, load_vae, read_mmdit_config, read_vae_config
@@ -148,6 +149,13 @@ class Sd3Family:
     def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """The joint blocks in forward order."""
         return list(_unwrapped(denoiser).joint_blocks)
+
+    def modulation(self, denoiser: nn.Module) -> Modulation:
+        """A third of the model: two layers in each block, and one at the end."""
+        mmdit = _unwrapped(denoiser)
+        streams = [stream for block in mmdit.joint_blocks for stream in (block.context_block, block.x_block)]
+        layers = [part.adaLN_modulation for part in (*streams, mmdit.final_layer)]
+        return Modulation(layers, [mmdit.t_embedder, mmdit.y_embedder])
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The reference's noise levels (steps + 1,), from 1 down to 0, fp32, at every resolution.

@@ -1,0 +1,163 @@
+"""Where the weights of a frozen denoiser lie, and in how many bits: decided before anything is trained."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from library.config.errors import ConfigError
+from library.config.memory import MemoryConfig
+from library.families.protocols import ModelFamily
+from library.memory.activation_offload import ActivationOffload, Stash
+from library.memory.block_swap import BlockSwap
+from library.memory.checkpointing import enable_checkpointing
+from library.memory.modulation import StreamedModulation
+from library.memory.quantization import FORMATS, quantize_blocks
+from library.memory.transfers import CudaStash, CudaTransfers, Transfers
+
+_MIB = 1 << 20
+
+
+def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:
+    """Where the denoiser is loaded to: where it stays, or the host if ``place`` will not bring all of it as it is."""
+    return torch.device("cpu") if memory.changes_placement else device
+
+
+def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device: torch.device) -> list[str]:
+    """Store a frozen denoiser as the options say, and bring to the device what belongs there.
+
+    Args:
+        memory: The options.
+        family: The model's parts.
+        denoiser: As ``load_device`` says. Everything that changes its weights is done.
+        device: Where the step runs.
+
+    Returns:
+        What was decided, one line each.
+
+    Raises:
+        ConfigError: More blocks should be swapped than there are.
+    """
+    if not memory.changes_placement:
+        return []
+    denoiser.requires_grad_(False)
+    blocks, notes = list(family.blocks(denoiser)), []
+    if memory.base_format is not None:
+        notes.append(_quantize(memory, blocks, device))
+    on_device = list(_tensors(denoiser))
+    transfers = transfers_to(device)
+    if transfers is None:
+        if memory.blocks_to_swap or memory.stream_modulation:
+            notes.append("no accelerator: all weights are in host memory already, nothing is swapped or streamed")
+    else:
+        streamed = list(family.modulation(denoiser).layers) if memory.stream_modulation else []
+        elsewhere = [tensor for layer in streamed for tensor in layer.parameters()]
+        moved = {id(tensor) for tensor in elsewhere}
+        if streamed:
+            modulation = StreamedModulation(streamed, transfers())
+            notes.append(
+                f"modulation: {len(streamed)} layers, {modulation.host_bytes / _MIB:,.0f} MiB, are on the host and "
+                f"stream through {modulation.device_bytes / _MIB:,.0f} MiB once a pass"
+            )
+        if memory.blocks_to_swap:
+            swap = BlockSwap(
+                blocks,
+                swap_count(memory, len(blocks)),
+                transfers(),
+                checkpointed=checkpointed(memory, len(blocks)),
+                elsewhere=elsewhere,
+            )
+            moved |= {id(tensor) for tensor in swap.tensors}
+            notes.append(
+                f"block swap: {len(swap.numbers)} of {len(blocks)} blocks, {swap.host_bytes / _MIB:,.0f} MiB, are on "
+                f"the host and take turns in {swap.device_bytes / _MIB:,.0f} MiB"
+            )
+        on_device = [tensor for tensor in on_device if id(tensor) not in moved]
+    for tensor in on_device:
+        tensor.data = tensor.data.to(device)
+    return notes
+
+
+def check_placement(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module) -> None:
+    """Find out whether a denoiser can be placed as the options say, once an adapter is in it.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    swap_count(memory, len(family.blocks(denoiser)))
+    if not memory.stream_modulation:
+        return
+    modulation = family.modulation(denoiser)
+    title = family.description.title
+    if not modulation.layers:
+        raise ConfigError(f"--stream_modulation does nothing for {title}: one layer serves all its blocks; remove it")
+    for part in (*modulation.layers, *modulation.embedders):
+        if any("forward" in layer.__dict__ for layer in part.modules()):
+            raise ConfigError(
+                "--stream_modulation: the adapter trains modulation layers or the embedders before them, so their "
+                "answers change within a step. Leave them out of the adapter, or remove the option"
+            )
+
+
+def swap_count(memory: MemoryConfig, blocks: int) -> int:
+    """How many blocks the device is relieved of.
+
+    Raises:
+        ConfigError: The model hasn't so many.
+    """
+    asked = memory.blocks_to_swap or 0
+    if asked > blocks:
+        raise ConfigError(f"--blocks_to_swap {asked}: the model has {blocks} blocks; lower it")
+    return asked
+
+
+def checkpointed(memory: MemoryConfig, blocks: int) -> range:
+    """The numbers of the blocks that are checkpointed."""
+    return range(0, blocks, memory.gradient_checkpointing_interval) if memory.gradient_checkpointing else range(0)
+
+
+def save_activations(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> list[str]:
+    """Let blocks forget activations, as the options say; returns what was decided, one line each."""
+    if not memory.gradient_checkpointing:
+        return []
+    offload, notes = None, []
+    if memory.cpu_offload_checkpointing:
+        stash = stash_for(device)
+        offload = ActivationOffload(stash) if stash is not None else None
+        if stash is None:
+            notes.append("no accelerator: checkpoints are in host memory already, none is moved")
+    enable_checkpointing(blocks, memory.gradient_checkpointing_interval, offload)
+    return notes
+
+
+def transfers_to(device: torch.device) -> Callable[[], Transfers] | None:
+    """What makes copies from the host to a device; None if it is the host."""
+    return None if device.type == "cpu" else functools.partial(CudaTransfers, device)
+
+
+def stash_for(device: torch.device) -> Stash | None:
+    """Where a device's tensors may wait; None if the device is the host."""
+    return None if device.type == "cpu" else CudaStash(device)
+
+
+def _quantize(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> str:
+    assert memory.base_format is not None
+    chosen = FORMATS[memory.base_format]
+    before = sum(tensor.nbytes for block in blocks for tensor in _tensors(block))
+    layers = 0
+    for block in blocks:
+        if memory.quantize_via == "accelerator":
+            block.to(device)
+        layers += quantize_blocks([block], chosen)
+        block.to("cpu")
+    after = sum(tensor.nbytes for block in blocks for tensor in _tensors(block))
+    return (
+        f"base model in {chosen.name}: {layers} layers of {len(blocks)} blocks, {before / _MIB:,.0f} MiB, take "
+        f"{after / _MIB:,.0f} MiB"
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
