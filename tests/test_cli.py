@@ -91,8 +91,8 @@ def test_errors_are_lines_on_stderr(capsys):
     assert err[:4] == [
         "error: unknown option --network_dimm; did you mean --network_dim?",
         "error: --clip_skip does nothing for sd3: SD3 always takes CLIP's penultimate layer. Remove it",
-        "error: --fp8_base is not supported: the base model can't be stored quantised. Use --mixed_precision bf16 with "
-        "--gradient_checkpointing",
+        "error: --fp8_base is not supported: its fp8 has no scales. Use --base_model_precision fp8, which has one for "
+        "each output",
         "error: --lora_rank is called --network_dim here",
     ]
     assert any("--pretrained_model_name_or_path" in line for line in err)

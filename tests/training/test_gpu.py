@@ -125,3 +125,57 @@ def test_encoding_overlaps_the_step_and_hands_its_memory_over():
     for number, batch in enumerate(encode_ahead(batches(), encode, device)):
         torch.linalg.matrix_power(weight / 64, 16)
         assert (batch.noise == number).all(), number
+
+
+NO_MODULATION = {"network_args": ["x_mod_dim=0", "context_mod_dim=0"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"blocks_to_swap": 3}, id="all swapped"),
+        pytest.param({"blocks_to_swap": 3, "gradient_checkpointing": True}, id="swapped and checkpointed"),
+        pytest.param({"gradient_checkpointing": True, "cpu_offload_checkpointing": True}, id="offloaded"),
+        pytest.param({"stream_modulation": True, "blocks_to_swap": 2}, id="streamed modulation"),
+    ],
+)
+def test_where_weights_and_activations_lie_changes_nothing(trainer, options):
+    base = {**CACHED, **NO_MODULATION, "mixed_precision": "bf16"}
+    assert trainer("plain", **base) == 0
+    assert trainer("moved", **base, **options) == 0
+    assert trainer.losses("moved") == trainer.losses("plain")
+    plain, moved = trainer.weights("plain"), trainer.weights("moved")
+    assert all(torch.equal(plain[name], moved[name]) for name in plain)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int4", "nf4"])
+def test_a_base_in_few_bits_trains_as_on_the_host(trainer, monkeypatch, precision):
+    options = {**CACHED, "base_model_precision": precision}
+    assert trainer("gpu", **options) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert trainer("host", **options) == 0
+    assert trainer.losses("gpu") == pytest.approx(trainer.losses("host"), rel=1e-2)
+
+
+def test_swapped_blocks_take_no_memory_of_the_device():
+    from torch import nn
+
+    from library.memory.block_swap import BlockSwap
+    from library.memory.transfers import CudaTransfers
+
+    blocks = [nn.Linear(2048, 2048, bias=False).requires_grad_(False) for _ in range(16)]
+    device, size = torch.device("cuda"), 2048 * 2048 * 4
+    before = torch.cuda.memory_allocated()
+    swap = BlockSwap(blocks, 16, CudaTransfers(device))
+    x = torch.randn(64, 2048, device=device)
+    expected = x
+    for block in blocks:
+        expected = nn.functional.linear(expected, block.weight.data.to(device))
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        for block in blocks:
+            x = block(x)
+    assert torch.equal(x, expected)
+    assert swap.device_bytes == 2 * size
+    assert torch.cuda.max_memory_allocated() - before < 4 * size
