@@ -99,7 +99,8 @@ def test_a_lora_configuration_comes_through_whole(configuration, capsys):
         ("a striped animal", 1280, 768, 3.0),
     ]
     said = capsys.readouterr().out
-    assert "  base_model_precision" not in said and "  made_up 1" in said
+    assert config.memory.base_format == "int8"
+    assert "  made_up 1" in said
     assert "push_to_hub" not in said and "text_encoder_1_precision" not in said
 
 
