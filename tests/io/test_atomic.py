@@ -145,7 +145,7 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
         rename(source, to)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="error: '[^']*/model' ->"), atomic_folder(target) as folder:
+    with pytest.raises(OSError, match=r"error: '[^']*/model' ->"), atomic_folder(target) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in target.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [target]
 
