@@ -132,6 +132,11 @@ def test_another_base_model_is_refused_and_the_same_one_elsewhere_is_not(trainer
     assert "weights of denoiser, with the hash " in error and "weights of vae" not in error
     assert same("dry", **options, dry_run=True) == 2
     assert error_of(capsys) == error
+    assert same("dry", **options, resume_anyway=True, dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"resumed: {state}, after step 2" in printed and "--resume_anyway: other than in that state: weights" in printed
+    )
     assert same("other", **options, resume_anyway=True) == 0
 
 

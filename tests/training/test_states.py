@@ -111,7 +111,9 @@ def test_auto_of_a_complete_run_touches_nothing(trainer, capsys):
     assert trainer("out", **CACHED, max_train_steps=None, max_train_epochs=1, resume="auto", seed=None) == 0
     steps = {**CACHED, "max_train_steps": 2}
     assert trainer("out", **steps, resume="auto") == 0 and trainer("out", **steps, resume=folder / "run-state") == 2
+    capsys.readouterr()
     assert trainer("out", **steps, resume="auto", dry_run=True) == 0
+    assert "the run is complete, " in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == {
         path: before[path] for path in folder.iterdir()
     }
