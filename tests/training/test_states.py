@@ -359,6 +359,28 @@ def test_lines_of_the_log_wait_for_room(trainer, monkeypatch, capsys):
     assert list(trainer.losses("out")) == [1, 2, 3, 4]
 
 
+def test_a_terminal_that_is_gone_ends_nothing(trainer):
+    class Gone:
+        disable = False
+
+        def fail(self, *_, **__):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        write = update = close = fail
+
+        def set_postfix(self, **_):
+            pass
+
+    def act(run):
+        run.trackers.bar = Gone()
+        run.trackers.say("a line")
+        run.trackers.log_step(1, 1, {"loss/average": 1.0}, samples=1)
+        return True
+
+    assert trainer.with_run("out", act, **CACHED)
+    assert [line["step"] for line in trainer.log("out")] == [1]
+
+
 PROCESS = """
 import os, pathlib, sys
 sys.path.insert(0, {root!r})
