@@ -13,6 +13,8 @@ MANIFEST = "manifest.json"
 """The list's name inside the folder."""
 
 _BLOCK = 1 << 20
+_LONGEST = 1 << 26
+"""Bytes of a list that is read: that of a million files."""
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:
@@ -68,6 +70,8 @@ def looks_whole(folder: str | os.PathLike[str]) -> bool:
 
 def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     try:
+        if path.stat().st_size > _LONGEST:
+            return None
         text = path.read_bytes()
         listed = json.loads(text)["files"]
         # one spelling only, so that no byte of the list can change unnoticed

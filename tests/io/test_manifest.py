@@ -66,6 +66,12 @@ def test_a_list_never_leads_out_of_its_folder(folder, name):
     assert find_damage(folder) == MANIFEST
 
 
+def test_a_list_of_any_length_takes_bounded_memory(folder):
+    with open(folder / MANIFEST, "r+b") as file:
+        file.truncate(1 << 40)  # a hole: it takes no room
+    assert find_damage(folder) == MANIFEST
+
+
 def test_files_are_read_in_blocks_and_once(folder, monkeypatch):
     from library.io import manifest
 
