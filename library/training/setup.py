@@ -35,6 +35,7 @@ from library.training.encoders import LatentPreparation, TextSide, merge_base_we
 from library.training.full_model import DENOISER
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
+from library.training.launch import check_started
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
@@ -228,6 +229,7 @@ def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
         project_dir=logging_folder(config.logging),
         kwargs_handlers=handlers,
     )
+    check_started(accelerator.num_processes, os.environ)
     if not accelerator.is_main_process:
         logging.getLogger("library").setLevel(logging.WARNING)
         logging.getLogger("networks").setLevel(logging.WARNING)
