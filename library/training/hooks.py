@@ -9,13 +9,14 @@ from pathlib import Path
 from library.config.sampling import SkipLayerGuidance
 from library.records import TensorRecord
 from library.sampling.drawing import draw
-from library.sampling.pictures import encode_prompts
+from library.sampling.pictures import encode_prompts, generate
 from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptRequest, PromptText
 from library.training.ema import WeightAverage
 from library.training.rotation import remove_old
 from library.training.run import Run, StepHook
 from library.training.saved_weights import RAW, averaged_weights, epoch_name, save_weights, step_name
+from library.training.sharding import looking
 from library.training.states import save_state
 from library.training.validation import Validation
 
@@ -71,10 +72,13 @@ def average(average: WeightAverage, interval: int) -> StepHook:
 def looks(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     """The ways to look at the weights: what goes after names, and a context in which the weights are those."""
     mode = run.config.ema.ema_validation if run.average is not None else "ema_only"
+    shown: list[tuple[str, AbstractContextManager[None]]] = []
     if mode != "none":
-        yield "", averaged_weights(run)
+        shown.append(("", averaged_weights(run)))
     if mode != "ema_only":
-        yield RAW if mode == "comparison" else "", nullcontext()
+        shown.append((RAW if mode == "comparison" else "", nullcontext()))
+    for suffix, weights in shown:
+        yield suffix, looking(run.trainable, weights) if run.sharded else weights
 
 
 def log_numbers() -> StepHook:
@@ -181,7 +185,10 @@ class SampleTaker:
         texts = self.texts or encode_prompts(run.text, run.text_encoders, self.requests)
         written = []
         for index, request in enumerate(self.requests):
-            if index % run.accelerator.num_processes != run.accelerator.process_index:
+            if run.sharded and not run.accelerator.is_main_process:
+                self._draw_along(run, texts, request)
+                continue
+            if not run.sharded and index % run.accelerator.num_processes != run.accelerator.process_index:
                 continue
             path = folder / f"{stem}_{index:02d}_{request.file_stem}.png"
             with run.accelerator.autocast():
@@ -200,6 +207,13 @@ class SampleTaker:
                 )
             written.append(path)
         return written
+
+    def _draw_along(self, run: Run, texts: Mapping[PromptText, TensorRecord], request: PromptRequest) -> None:
+        """Do what the main process does to draw a picture, which takes this process's part of the weights."""
+        assert run.vae is not None
+        device, dtype = run.device, run.weight_dtype
+        with run.accelerator.autocast():
+            generate(run.family, run.denoiser, run.vae, texts, request, device=device, dtype=dtype, skip=self.skip)
 
 
 def take_samples(taker: SampleTaker, *, steps: int | None, epochs: int | None) -> StepHook:

@@ -42,8 +42,8 @@ def check_launch(own: Sequence[str], environment: Mapping[str, str]) -> None:
         return
     if runs > 1:
         raise ConfigError(
-            f"{asked.source} asks for {asked.processes} processes, and {runs} run: {asked.machines} machines get equally "
-            f"many; give a multiple of {asked.machines}"
+            f"{asked.source} asks for {asked.processes} processes, and {runs} run: {asked.machines} machines get "
+            f"equally many; give a multiple of {asked.machines}"
         )
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     why = "starts one on a CPU" if on_cpu else "starts one without --multi_gpu"

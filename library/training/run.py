@@ -54,6 +54,8 @@ class Run:
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
         fused_backward: Steps them during the backward pass, where that is asked for.
+        sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
+            pass, and in whatever reads whole weights.
     """
 
     config: RunConfig
@@ -81,6 +83,7 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    sharded: bool = False
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from library.config.errors import ConfigError
 from library.config.saving import SavingConfig
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
+from library.training.shards import first_non_finite
 
 RAW = "_raw"
 """Goes after the name of what is made with the weights as they are trained, beside their average."""
@@ -30,7 +31,7 @@ def epoch_name(config: SavingConfig, epoch: int) -> str:
 
 def save_weights(run: Run, stem: str, done: int) -> list[Path]:
     """Write the trained weights in every format that was asked for; returns the files and folders."""
-    if not run.accelerator.is_main_process:
+    if not run.accelerator.is_main_process and not run.sharded:
         return []
     refuse_non_finite_weights(run, done)
     precision = run.config.saving.save_precision
@@ -51,11 +52,16 @@ def refuse_non_finite_weights(run: Run, done: int) -> None:
     """
     average = run.average.tensors() if run.average is not None else {}
     averaged = ((f"the average of {name}", tensor) for name, tensor in average.items())
-    for name, tensor in itertools.chain(run.trainable.state_dict().items(), averaged):
-        if not torch.isfinite(tensor).all():
-            raise ConfigError(
-                f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"
-            )
+    names, tensors = zip(*itertools.chain(run.trainable.state_dict().items(), averaged))
+    if run.sharded:  # any process may have the number, and all must stop
+        bad = first_non_finite(tensors, run.device)
+    else:
+        bad = next((number for number, tensor in enumerate(tensors) if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise ConfigError(
+            f"after step {done} {names[bad]} has numbers that are not finite, so nothing is saved; lower "
+            "--learning_rate"
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, broadcast_object_list
 from torch import nn
 
 from library.config.errors import ConfigError
@@ -45,6 +45,8 @@ from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
 from library.training.run import Run, StepHook
 from library.training.schedules import create_schedule
+from library.training.sharding import offloads, shard, uncached_autocast
+from library.training.sharding_settings import ShardingSettings, asked_sharding, forget_plugins
 from library.training.states import restore_state, resumed_progress
 from library.training.step import encoded
 from library.training.stopping import Stopper
@@ -90,14 +92,20 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     check_run(config, family, accelerator_available=has_accelerator())
     log_in(config.logging)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
-    accelerator = start_accelerator(config, precision)
+    sharding = asked_sharding(config, os.environ)
+    accelerator = start_accelerator(config, precision, sharding)
+    if sharding is not None and accelerator.num_processes == 1:
+        log.warning(
+            "accelerate's configuration asks for %s, but one process has nobody to share with", sharding.asked_by
+        )
+        sharding = None
     if config.memory.fused_backward_pass:
         refuse_processes(accelerator.num_processes)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
     seed = resolve_seed(config, progress, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
-    for line in precision.notes:
+    for line in (*precision.notes, *(sharding.notes if sharding is not None else ())):
         log.info(line)
     if warning := family.description.precision_warnings.get(precision.mixed):
         log.warning(warning)
@@ -110,17 +118,20 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
     trained = {name: dtypes[name] for name in components if name != DENOISER}
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtypes[DENOISER])
+    home = accelerator.device if sharding is None else torch.device("cpu")  # the whole need not fit on the device
+    denoiser = family.load_denoiser(device=home, dtype=dtypes[DENOISER])
     merge_base_weights(config, family, {DENOISER: denoiser})
     roots = {DENOISER: denoiser, **text_side.encoders}
     trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
     save_memory(config, family, denoiser)
+    if sharding is not None:
+        shard(family, trainable, sharding, accelerator.device)
     created = create_optimizer(
         config.optimizer.name,
         config.optimizer.optimizer_args,
         trainable.parameter_groups(config.optimizer),
         learning_rate=config.optimizer.learning_rate,
-        device=accelerator.device,
+        device=accelerator.device if sharding is None or not offloads(sharding, accelerator.device) else home,
     )
     for line in created.notes:
         log.info(line)
@@ -146,6 +157,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         prepared.max_steps,
         rank=accelerator.process_index,
         accumulation=config.training.gradient_accumulation_steps,
+        together=sharding is not None,
     )
     start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
     run = Run(
@@ -168,6 +180,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         weight_dtype=precision.frozen,
         trackers=Trackers(accelerator, log_path(config), first_step=prepared.first_step),
         history=LossHistory(),
+        sharded=sharding is not None,
         metadata=run_metadata(
             config,
             family.description,
@@ -217,9 +230,10 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
 
 
-def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
-    """The device, processes and precision. Accumulation is ours: it always sees one step at a time."""
-    handlers = []
+def start_accelerator(config: RunConfig, precision: Precision, sharding: ShardingSettings | None = None) -> Accelerator:
+    """The device, processes and precision. Accumulation and sharding are ours: it sees one step and whole models."""
+    forget_plugins(os.environ)
+    handlers: list[KwargsHandler] = [] if sharding is None else [uncached_autocast()]
     if config.training.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.training.ddp_timeout)))
     trackers = list(config.logging.trackers)
