@@ -14,7 +14,7 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.training.optimizers import OPTIMIZERS
 
-ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 """Optimizers of ``torch.optim`` that change each number by itself: a part of a weight is as good as the whole."""
 
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
@@ -176,7 +176,7 @@ def _disagreements(config: RunConfig, environment: Mapping[str, str], written: M
     size = written.get("train_micro_batch_size_per_gpu", "auto")
     if size != "auto" and sizes != {size}:
         listed = ", ".join(map(str, sorted(sizes)))
-        yield f"DeepSpeed's train_micro_batch_size_per_gpu is {size} and the datasets' batch_size is {listed}; write auto"
+        yield f"DeepSpeed's train_micro_batch_size_per_gpu is {size}, the datasets' batch_size {listed}; write auto"
     for section, option in (("optimizer", "--optimizer_type"), ("scheduler", "--lr_scheduler")):
         if section in written:
             yield f"DeepSpeed's {section} is not used: {option} decides; remove the section {section}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from library.config.run import RunConfig
 from library.io.atomic import atomic_folder
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
-from library.training.ema import WeightAverage
+from library.training import sharded_states
 from library.training.optimizers import load_optimizer_state
 from library.training.run import Run
 from library.training.saved_weights import refuse_non_finite_weights
@@ -24,18 +25,26 @@ TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetens
 
 def save_state(run: Run, stem: str, done: int) -> Path | None:
     """Write everything that a resumed run needs into the folder ``<stem>-state``."""
-    if not run.accelerator.is_main_process:
+    target = Path(run.config.saving.output_dir) / f"{stem}-state"
+    if not (run.accelerator.is_main_process or run.sharded):
         return None
     refuse_non_finite_weights(run, done)
-    target = Path(run.config.saving.output_dir) / f"{stem}-state"
+    parts = sharded_states.write(run, target) if run.sharded else None
+    if not run.accelerator.is_main_process:
+        return None
     with atomic_folder(target) as folder:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
-        save_tensors(tensors, folder / TRAINABLE, {})
-        torch.save(_optimizer_state(run), folder / OPTIMIZER)
-        files = [TRAINABLE, OPTIMIZER]
+        average = run.average.tensors() if run.average is not None else {}
+        state = _optimizer_state(run)
+        if parts is not None:
+            os.rename(parts, folder / sharded_states.SHARDED)
+            average, state["optimizer"] = {}, sharded_states.optimizer_rest(state["optimizer"])
+        else:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
+            save_tensors(tensors, folder / TRAINABLE, {})
+        torch.save(state, folder / OPTIMIZER)
         if run.average is not None:
-            save_tensors(run.average.tensors(), folder / AVERAGE, {"updates": str(run.average.updates)})
-            files.append(AVERAGE)
+            save_tensors(average, folder / AVERAGE, {"updates": str(run.average.updates)})
+        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
         progress = {
             "format": STATE_FORMAT,
             "step": done,
@@ -121,26 +130,27 @@ def read_progress(folder: str) -> dict[str, Any]:
 def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     """Put the weights, the optimizer, the schedule and the losses back to where the state was saved."""
     refuse_other_weights(folder, run.trainable)
-    run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    spread = run.sharded or sharded_states.is_sharded(Path(folder))
     try:
-        load_optimizer_state(inner, state["optimizer"])
+        if spread:
+            sharded_states.read(run, Path(folder), state["optimizer"], weights=TRAINABLE, average=AVERAGE)
+        else:
+            run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
+            load_optimizer_state(inner, state["optimizer"])
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"
         ) from error
     if run.average is not None:
-        _restore_average(run.average, Path(folder) / AVERAGE)
+        header = read_header(Path(folder) / AVERAGE)
+        tensors = run.average.tensors() if spread else dict(load_tensors(header))
+        run.average.load(tensors, int(header.metadata["updates"]))
     run.schedule.load_state_dict({**run.schedule.state_dict(), **state["schedule"]})
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.restore(progress["history"])
-
-
-def _restore_average(average: WeightAverage, path: Path) -> None:
-    header = read_header(path)
-    average.load(dict(load_tensors(header)), int(header.metadata["updates"]))
 
 
 def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
@@ -149,7 +159,8 @@ def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
     Raises:
         ConfigError: They are of other layers or sizes.
     """
-    saved = read_header(Path(folder) / TRAINABLE).shapes
+    sharded = sharded_states.is_sharded(Path(folder))
+    saved = sharded_states.saved_shapes(Path(folder)) if sharded else read_header(Path(folder) / TRAINABLE).shapes
     own = {name: tuple(tensor.shape) for name, tensor in trainable.state_dict().items()}
     differing = [name for name in sorted(set(saved) | set(own)) if saved.get(name) != own.get(name)]
     if differing:
