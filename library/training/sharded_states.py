@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,10 @@ def _read_sharded(run: Run, folder: Path, rest: Mapping[str, Any]) -> dict[str, 
     if missing := sorted(set(tensors) - set(entries)):
         raise ConfigError(f"--resume {folder}: {SHARDED} lacks {missing[0]}; resume from another state")
     try:
-        checkpoint.load(tensors, storage_reader=reader)
+        with warnings.catch_warnings():
+            # one process alone needs no group to read; torch finds that worth a warning
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load(tensors, storage_reader=reader)
     except CheckpointException as error:
         raise ConfigError(f"--resume {folder}: {SHARDED} can't be read ({_cause(error)})") from error
     return {**rest, "state": state}

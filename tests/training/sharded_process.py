@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from library.cli import main
 from library.training import setup
-from library.training.shards import clip_gradients, first_non_finite, own_part
 from library.training.sharding_settings import ELEMENTWISE
+from library.training.shards import clip_gradients, first_non_finite, own_part
 
 DEVICE = torch.device("cpu")
 

@@ -82,14 +82,14 @@ def test_a_launch_that_runs_enough_passes(monkeypatch, words, environment):
 def test_a_number_that_the_machines_cannot_share_is_refused(monkeypatch):
     words = ["--multi_gpu", "--num_processes", "5", "--num_machines", "2"]
     monkeypatch.setattr(launch, "parent_command", lambda: ["python", "accelerate", "launch", *words, *OWN])
-    with pytest.raises(ConfigError, match="asks for 5 processes, and 4 run: 2 machines .* give a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"asks for 5 processes, and 4 run: 2 machines .* give a multiple of 2"):
         check_launch(OWN, {"WORLD_SIZE": "4"})
 
 
 def test_processes_that_would_train_apart_are_refused():
     check_started(2, {"WORLD_SIZE": "2", "RANK": "0"})
     check_started(1, {"WORLD_SIZE": "2"})  # left over from something else: no process has a place in it
-    with pytest.raises(ConfigError, match="2 processes were started .* ACCELERATE_USE_CPU=true"):
+    with pytest.raises(ConfigError, match=r"2 processes were started .* ACCELERATE_USE_CPU=true"):
         check_started(1, {"WORLD_SIZE": "2", "RANK": "1"})
 
 
@@ -109,8 +109,8 @@ def test_the_real_launcher_is_found_out_before_torch_is_loaded(full_trainer):
     lines = done.stderr.splitlines()
     (error,) = [line for line in lines if line.startswith("error")]
     assert error == (
-        "error: accelerate launch --num_processes 2 asks for 2 processes, and 1 runs: accelerate launch starts one on a "
-        "CPU; use ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 sd3_train.py ..."
+        "error: accelerate launch --num_processes 2 asks for 2 processes, and 1 runs: accelerate launch starts one on "
+        "a CPU; use ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 sd3_train.py ..."
     )
     assert done.returncode != 0 and not (trainer.folder / "out").exists()
     child = lines[max(index for index, line in enumerate(lines) if "| site" in line) :]

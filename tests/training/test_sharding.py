@@ -14,6 +14,7 @@ from PIL import Image
 
 from library.config.errors import ConfigError
 from library.training.sharded_states import SHARDED, saved_shapes
+from library.training.sharding_settings import asked_sharding
 
 ROOT = Path(__file__).parents[2]
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
@@ -114,7 +115,8 @@ def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
 def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
     trainer = full_trainer
     options = {**ADAMW, "cache_latents": True, "train_text_encoder": True, "max_train_steps": 4, "use_ema": True}
-    options |= {"save_parts": ["text_encoders"], "ema_device": "cpu"}
+    options |= {"save_parts": ["text_encoders"], "ema_device": "cpu", "ema_validation": "comparison"}
+    options |= {"validation_split": 0.25, "validate_every_n_steps": 1}
     once = {"save_every_n_steps": 2, "save_state": True}
     assert trainer("one", **options, **once, gradient_accumulation_steps=2) == 0
     state = trainer.folder / "one" / "run-step00000002-state"
@@ -122,15 +124,120 @@ def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
     assert "DeepSpeed ZeRO-2: torch's fully_shard does this work" in said
     later = {step: loss for step, loss in trainer.losses("one").items() if step > 2}
     assert trainer.losses("two") == pytest.approx(later, rel=1e-5)
+    for name in ("loss/validation", "loss/validation_raw"):
+        later = {step: loss for step, loss in logged(trainer, "one", name).items() if step > 2}
+        assert len(later) == 2 and logged(trainer, "two", name) == pytest.approx(later, rel=1e-5)
     assert close(trainer.weights("one"), trainer.weights("two"))
 
 
 def test_bf16_computes_as_in_one_process(sana_trainer):
     trainer = sana_trainer
+    # three batches of 1 in every step: two for the first process, one and one done along for the second
+    dataset = trainer.dataset()
+    dataset.write_text(dataset.read_text().replace("batch_size = 2", "batch_size = 1"))
+    (trainer.photos / "camera.png").unlink()
     options = {**CACHED, **ADAMW, "learning_rate": 1e-3, "mixed_precision": "bf16", "max_train_steps": 2}
-    launch(trainer, "two", {**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, **options)
-    assert trainer("one", **options, gradient_accumulation_steps=2) == 0
+    options["dataset_config"] = dataset
+    version_1 = {**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+    said = launch(trainer, "two", version_1, **options, gradient_accumulation_steps=2)
+    assert "FSDP version 1; version 2 is used" in said
+    assert trainer("one", **options, gradient_accumulation_steps=4) == 0
     one, two = trainer.losses("one"), trainer.losses("two")
     assert two[1] == one[1]  # before any sum over processes has been used
     assert two[2] == pytest.approx(one[2], rel=1e-4)
     assert close(trainer.weights("one"), trainer.weights("two"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        (FSDP, {"optimizer_type": "AdamW8bit"}, "--optimizer_type AdamW8bit: with FSDP each process has a part"),
+        (FSDP, {"optimizer_type": "CAME"}, "--optimizer_type CAME: with FSDP"),
+        (FSDP, {"optimizer_type": "torch.optim.Adafactor"}, "--optimizer_type torch.optim.Adafactor: with FSDP"),
+        (FSDP, {"fused_backward_pass": True, "max_grad_norm": 0}, "--fused_backward_pass works in one process"),
+        (FSDP, {"mixed_precision": "fp16"}, "--mixed_precision fp16 scales the loss"),
+        (
+            FSDP,
+            {"mixed_precision": "bf16", "full_bf16": True, "stochastic_rounding": True},
+            "--stochastic_rounding draws for whole weights",
+        ),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "this program's --gradient_checkpointing"),
+        ({**FSDP, "FSDP_IGNORED_MODULES": "x_embedder"}, {}, "ignored modules (x_embedder)"),
+        ({**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, {}, "HYBRID_SHARD is not supported"),
+        ({**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "3"}, {}, "NO_SHARD is plain data parallelism"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "asks for Megatron-LM, which is not supported"),
+        ({**ZERO_2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {}, "ZeRO stage 0 spreads nothing"),
+        (ZERO_2, {"max_grad_norm": 0.5}, "gradient_clipping is 1.0 and --max_grad_norm is 0.5"),
+        (
+            ZERO_2,
+            {"gradient_accumulation_steps": 3},
+            "gradient_accumulation_steps is 1 and --gradient_accumulation_steps is 3",
+        ),
+        (
+            {**ZERO_2, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"},
+            {},
+            "offload_optimizer to nvme is not supported",
+        ),
+        ({**ZERO_2, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "/no/such.json"}, {}, "/no/such.json can't be read"),
+    ],
+)
+def test_what_a_sharded_model_cannot_do_is_refused_before_loading(
+    full_trainer, monkeypatch, capsys, environment, options, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert full_trainer("out", **CACHED, **options, dry_run=True) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert message in line
+
+
+def test_an_adapter_is_not_sharded(trainer, monkeypatch, capsys):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    assert trainer("out", **CACHED, network_train_unet_only=True) == 2
+    assert "asks for FSDP, but an adapter is small" in capsys.readouterr().err
+    assert not (trainer.folder / "out" / "cache").exists()
+
+
+def test_deepspeeds_file_is_read(full_trainer, monkeypatch, capsys):
+    path = full_trainer.folder / "zero.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    written = {"zero_optimization": zero, "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": 8}
+    path.write_text(json.dumps({**written, "optimizer": {"type": "Adam"}}))
+    environment = {**ZERO_2, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert full_trainer("out", **CACHED, max_grad_norm=0.5, dry_run=True) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 2
+    assert "train_micro_batch_size_per_gpu is 8, the datasets' batch_size 2" in lines[0]
+    assert "remove the section optimizer" in lines[1]
+
+    path.write_text(json.dumps({**written, "train_micro_batch_size_per_gpu": 2}))
+    made = full_trainer.with_run("out", lambda run: asked_sharding(run.config, environment), **CACHED)
+    assert made.reshard_after_forward and made.offload and "ZeRO-3" in made.notes[0]
+
+
+def test_one_process_trains_the_whole_model(full_trainer, monkeypatch, capsys):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    assert not full_trainer.with_run("out", lambda run: run.sharded, **CACHED)
+    assert "asks for FSDP, but one process" in capsys.readouterr().err
+
+
+class Calls:
+    """Calls a function when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("called",)
+
+
+def test_a_list_of_parts_that_would_call_something_is_refused(tmp_path, capsys):
+    (tmp_path / SHARDED).mkdir()
+    (tmp_path / SHARDED / ".metadata").write_bytes(pickle.dumps(Calls()))
+    with pytest.raises(ConfigError, match=r"metadata can't be read \(it names builtins.print\)"):
+        saved_shapes(tmp_path)
+    (tmp_path / SHARDED / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(ConfigError, match="metadata can't be read"):
+        saved_shapes(tmp_path)
+    assert "called" not in capsys.readouterr().out
