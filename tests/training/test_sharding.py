@@ -29,9 +29,12 @@ ZERO_2 = {
 ADAMW = {"optimizer_type": "AdamW", "optimizer_args": ["eps=0.01"], "learning_rate": 1e-2}
 
 
-def launch(trainer, output, environment, script=None, **options):
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+
+
+def launch(trainer, output, environment, script=None, launcher=TORCHRUN, **options):
     """Train in two processes on gloo with accelerate's settings in the environment; returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [sys.executable, "-m", *launcher]
     command += [*(script or [trainer.script]), *trainer.arguments(output, **options)]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     settings |= {"PYTHONPATH": str(ROOT), **environment}
@@ -40,6 +43,13 @@ def launch(trainer, output, environment, script=None, **options):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr + done.stdout
+
+
+def in_batches_of_one(trainer):
+    """The trainer's dataset, each picture in a batch of its own."""
+    dataset = trainer.dataset(general='caption_extension = ".txt"')
+    dataset.write_text(dataset.read_text().replace("batch_size = 2", "batch_size = 1"))
+    return dataset
 
 
 def close(one, two):
@@ -61,15 +71,14 @@ def pictures(trainer, output):
 
 def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
     trainer = full_trainer
-    # batches of 1, and 3 pictures are left for training: the epoch's last step leaves the second process without work
-    dataset = trainer.dataset(general='caption_extension = ".txt"')
-    dataset.write_text(dataset.read_text().replace("batch_size = 2", "batch_size = 1"))
+    # 3 pictures are left for training: the epoch's last step leaves the second process without work
+    dataset = in_batches_of_one(trainer)
     prompts = trainer.folder / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\na clock --w 64 --h 64 --s 2 --d 2\n")
     options = {**CACHED, **ADAMW, "dataset_config": dataset, "max_train_steps": 4, "gradient_checkpointing": True}
     options |= {"save_every_n_steps": 2, "save_state": True, "use_ema": True, "ema_decay": 0.5}
     options |= {"validation_split": 0.25, "validate_every_n_steps": 2, "ema_validation": "comparison"}
-    options |= {"sample_prompts": prompts, "sample_every_n_steps": 4}
+    options |= {"sample_prompts": prompts, "sample_every_n_steps": 4, "ema_device": "accelerator"}
     assert trainer("one", **options, gradient_accumulation_steps=2) == 0
     found = trainer.folder / "held"
     launch(trainer, "two", FSDP, [str(ROOT / "tests/training/sharded_process.py"), "sd3", str(found)], **options)
@@ -133,14 +142,17 @@ def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
 def test_bf16_computes_as_in_one_process(sana_trainer):
     trainer = sana_trainer
     # three batches of 1 in every step: two for the first process, one and one done along for the second
-    dataset = trainer.dataset()
-    dataset.write_text(dataset.read_text().replace("batch_size = 2", "batch_size = 1"))
+    dataset = in_batches_of_one(trainer)
     (trainer.photos / "camera.png").unlink()
     options = {**CACHED, **ADAMW, "learning_rate": 1e-3, "mixed_precision": "bf16", "max_train_steps": 2}
     options["dataset_config"] = dataset
-    version_1 = {**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
-    said = launch(trainer, "two", version_1, **options, gradient_accumulation_steps=2)
-    assert "FSDP version 1; version 2 is used" in said
+    configuration = trainer.folder / "fsdp.yaml"
+    configuration.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 2\n"
+        "main_process_port: 0\nfsdp_config:\n  fsdp_version: 2\n  fsdp_reshard_after_forward: true\n"
+    )
+    accelerate = ["accelerate.commands.launch", "--config_file", str(configuration)]
+    launch(trainer, "two", {}, launcher=accelerate, **options, gradient_accumulation_steps=2)
     assert trainer("one", **options, gradient_accumulation_steps=4) == 0
     one, two = trainer.losses("one"), trainer.losses("two")
     assert two[1] == one[1]  # before any sum over processes has been used
@@ -216,6 +228,16 @@ def test_deepspeeds_file_is_read(full_trainer, monkeypatch, capsys):
     path.write_text(json.dumps({**written, "train_micro_batch_size_per_gpu": 2}))
     made = full_trainer.with_run("out", lambda run: asked_sharding(run.config, environment), **CACHED)
     assert made.reshard_after_forward and made.offload and "ZeRO-3" in made.notes[0]
+
+
+def test_fsdp_version_1_is_done_as_version_2(full_trainer):
+    def asked(run):
+        version_1 = {**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}
+        return asked_sharding(run.config, version_1), asked_sharding(run.config, {**FSDP, "FSDP_OFFLOAD_PARAMS": "1"})
+
+    version_1, version_2 = full_trainer.with_run("out", asked, **CACHED)
+    assert not version_1.reshard_after_forward and "version 2 is used" in version_1.notes[0]
+    assert version_2.reshard_after_forward and version_2.offload and not version_2.notes
 
 
 def test_one_process_trains_the_whole_model(full_trainer, monkeypatch, capsys):
