@@ -94,6 +94,11 @@ def _misfits(config: RunConfig, asked_by: str) -> list[str]:
             f"--stochastic_rounding draws for whole weights, and with {asked_by} each process has a part of them; "
             "remove it"
         )
+    if config.sampling.preview_every is not None:
+        problems.append(
+            f"--preview_every writes while a picture is made, and with {asked_by} the others would wait forever "
+            "if that failed; remove it"
+        )
     if config.training.mixed_precision == "fp16":
         problems.append(f"--mixed_precision fp16 scales the loss, which {asked_by} doesn't do; use bf16")
     return problems

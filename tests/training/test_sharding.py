@@ -19,6 +19,7 @@ from library.training.sharding_settings import asked_sharding
 ROOT = Path(__file__).parents[2]
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+PROMPTS = ROOT / "examples" / "sd3" / "quickstart_prompts.txt"
 ZERO_2 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
@@ -168,6 +169,7 @@ def test_bf16_computes_as_in_one_process(sana_trainer):
         (FSDP, {"optimizer_type": "torch.optim.Adafactor"}, "--optimizer_type torch.optim.Adafactor: with FSDP"),
         (FSDP, {"fused_backward_pass": True, "max_grad_norm": 0}, "--fused_backward_pass works in one process"),
         (FSDP, {"mixed_precision": "fp16"}, "--mixed_precision fp16 scales the loss"),
+        (FSDP, {"sample_prompts": PROMPTS, "sample_at_first": True, "preview_every": 1}, "--preview_every writes"),
         (
             FSDP,
             {"mixed_precision": "bf16", "full_bf16": True, "stochastic_rounding": True},
