@@ -111,8 +111,11 @@ def prepare_data(
         log.warning(
             "--resume_anyway: going on with another run than that of %s: %s", resumed.folder, ", ".join(changes)
         )
-    own_name = secrets.token_hex(8) if resumed is None else resumed.progress.get("run", "")
-    origin = {"run": own_name, "data": summary, "weights": weights}
+    origin = {
+        "run": (resumed and resumed.progress.get("run")) or secrets.token_hex(8),
+        "data": summary,
+        "weights": weights,
+    }
     return PreparedData(data, plan, max_steps, 0 if resumed is None else resumed.step, report, origin)
 
 

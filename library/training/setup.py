@@ -1,6 +1,5 @@
 """RunConfig to Run: load, cache, inject, prepare. What is no longer needed leaves memory before the next part comes."""
 
-import contextlib
 import functools
 import logging
 import os
@@ -32,13 +31,7 @@ from library.training import hooks
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
-from library.training.encoders import (
-    LatentPreparation,
-    TextSide,
-    base_weights_signature,
-    merge_base_weights,
-    prepare_text,
-)
+from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
 from library.training.full_model import DENOISER
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
@@ -51,15 +44,14 @@ from library.training.optimizers import create_optimizer
 from library.training.precision import Precision, resolve_block_swap, resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
-from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed, find_resumed
-from library.training.resuming import changes_since
+from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
 from library.training.run import Run, StepHook
 from library.training.save_errors import starting_files
 from library.training.saving_hooks import saving_hooks
 from library.training.schedules import create_schedule
 from library.training.sharding import offloads, shard, uncached_autocast
 from library.training.sharding_settings import ShardingSettings, asked_sharding, forget_plugins
-from library.training.states import refuse_other_weights, restore_state
+from library.training.states import restore_state
 from library.training.step import encoded
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
@@ -86,22 +78,6 @@ def run_training(config: RunConfig) -> int:
     finally:
         run.close()
     return run.stop_code
-
-
-def trained_components(config: RunConfig) -> tuple[str, ...]:
-    """This checks all that ``set_up`` checks before it loads anything, and says what would be trained.
-
-    Raises:
-        ConfigError: All that is wrong, one line each.
-    """
-    family = create_family(config.family_name, config)
-    trained = check_run(config, family, accelerator_available=has_accelerator())
-    with contextlib.suppress(RunIsComplete):
-        if resumed := find_resumed(config):
-            weights = {**family.identities(), **base_weights_signature(config)}
-            changes_since(config, resumed, weights=weights)
-            refuse_other_weights(resumed.folder, job_of(config).rehearse(config, family))
-    return trained
 
 
 def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:

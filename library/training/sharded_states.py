@@ -4,12 +4,13 @@ They lie in a folder of torch.distributed.checkpoint, which keeps whole shapes: 
 so can a run whose model is not sharded. Names are ``weights/<name>``, ``optimizer/<name>/<what>``, ``average/<name>``.
 """
 
+import contextlib
 import os
 import pickle
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from library.config.errors import ConfigError
@@ -78,7 +80,9 @@ def write(run: Run, target: Path) -> Path:
     """
     folder = Path(_from_main(run, _make_temporary(target) if run.accelerator.is_main_process else ""))
     try:
-        checkpoint.save(_tensors(run), storage_writer=FileSystemWriter(folder))
+        writer = FileSystemWriter(folder)
+        writer.fs = _Files()
+        checkpoint.save(_tensors(run), storage_writer=writer)
     except CheckpointException as error:
         if run.accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -243,6 +247,39 @@ class _Listing(pickle.Unpickler):
         if (module, name) not in _LISTED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+class _Files(FileSystem):
+    """The file system, where a full disk is an ``OSError``: torch's zip writer only says that its position is odd."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            watched = _Watched(stream)
+            try:
+                yield watched
+            except RuntimeError:
+                if watched.error is not None:
+                    raise watched.error from None
+                raise
+
+
+class _Watched:
+    """A stream that remembers why it couldn't write."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: Any) -> Any:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 def _make_temporary(target: Path) -> str:

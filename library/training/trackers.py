@@ -1,5 +1,6 @@
 """Where the numbers of a run go: the progress bar, a JSON-lines file beside the output, TensorBoard, wandb."""
 
+import contextlib
 import math
 import os
 import time
@@ -15,6 +16,9 @@ from library.config.config_file import read_toml
 from library.config.errors import ConfigError
 from library.config.logging import LoggingConfig
 from library.training.log_file import LogFile
+
+# A terminal that is gone, or a full disk that the output goes to, is no reason to lose a run.
+_SHOWN_OR_NOT = contextlib.suppress(OSError)
 
 
 class Trackers:
@@ -37,7 +41,8 @@ class Trackers:
     def say(self, line: str) -> None:
         """Print a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
-            self.bar.write(line)
+            with _SHOWN_OR_NOT:
+                self.bar.write(line)
 
     def log_step(self, step: int, epoch: int, numbers: Mapping[str, float], *, samples: int) -> None:
         """Log one optimizer step; ``samples`` is how many it used."""
@@ -50,7 +55,8 @@ class Trackers:
             samples_per_s=f"{self.samples_seen / max(seconds, 1e-9):.2f}",
             refresh=False,
         )
-        self.bar.update(1)
+        with _SHOWN_OR_NOT:
+            self.bar.update(1)
         self.log(step, {"epoch": epoch, **numbers})
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -78,7 +84,8 @@ class Trackers:
 
     def close(self) -> None:
         """Finish every tracker."""
-        self.bar.close()
+        with _SHOWN_OR_NOT:
+            self.bar.close()
         if self.external:
             self.accelerator.end_training()
         if self._file is not None:

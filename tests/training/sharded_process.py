@@ -1,11 +1,13 @@
 """Trains as a script does, in one of several processes, and writes down what this process holds at the end.
 
-Run by test_sharding.py: family, file to write to (this process's number is added), then the script's arguments.
+Run by test_sharding.py: family, file to write to (this process's number is added), then the script's arguments. In the
+environment FULL_DISK may name a state for which the last process has no room.
 """
 
 import copy
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from library.cli import main
-from library.training import setup
+from library.training import setup, sharded_states
 from library.training.sharding_settings import ELEMENTWISE
 from library.training.shards import clip_gradients, first_non_finite, own_part
 
@@ -79,6 +81,21 @@ def watched(train, path):
     return train_and_write
 
 
+def without_room(write, name):
+    def limited(run, target):
+        if target.name != name or torch.distributed.get_rank() == 0:
+            return write(run, target)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            return write(run, target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    return limited
+
+
 if __name__ == "__main__":
+    if full := os.environ.get("FULL_DISK"):
+        sharded_states.write = without_room(sharded_states.write, full)
     setup.train = watched(setup.train, sys.argv[2])
     sys.exit(main(sys.argv[1], network=False, argv=sys.argv[3:]))

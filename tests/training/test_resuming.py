@@ -132,6 +132,11 @@ def test_another_base_model_is_refused_and_the_same_one_elsewhere_is_not(trainer
     assert "weights of denoiser, with the hash " in error and "weights of vae" not in error
     assert same("dry", **options, dry_run=True) == 2
     assert error_of(capsys) == error
+    assert same("dry", **options, resume_anyway=True, dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"resumed: {state}, after step 2" in printed and "--resume_anyway: other than in that state: weights" in printed
+    )
     assert same("other", **options, resume_anyway=True) == 0
 
 
@@ -201,40 +206,34 @@ def test_every_option_has_been_decided_on(script):
     assert path.read_text().splitlines() == compared, "accept it by UPDATE_GOLDEN=1"
 
 
-SCHEDULES = {
-    "constant": {},
-    "cosine": {"lr_scheduler": "cosine"},
-    "with a warm-up": {"lr_scheduler": "polynomial", "lr_warmup_steps": 0.6},
-}
-
-
-def multiplier(run):
-    return learning_rate_multiplier(run.config.optimizer, max_steps=run.max_steps)(2)
+SCHEDULES = {"constant": {}, "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 0.2}}
 
 
 def rates(run):
     return [(group["lr"], group["initial_lr"]) for group in run.optimizer.param_groups], run.schedule.get_last_lr()
 
 
+def rates_and_options(run):
+    return *rates(run), run.config.optimizer
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_a_new_learning_rate_acts_as_if_it_had_always_been_there(trainer, stopped, schedule):
+def test_a_new_learning_rate_acts_as_if_it_had_always_been_there(trainer, schedule):
     options = {**CACHED, **schedule, "max_train_steps": 5}
     assert trainer("old", **options, save_every_n_steps=2, save_state=True) == 0
     state = trainer.folder / "old" / "run-step00000002-state"
     assert trainer("resumed", **options, learning_rate=3e-3, resume=state) == 0
-    of_step = learning_rate_multiplier(
-        trainer.with_run("new", lambda run: run.config.optimizer, **options), max_steps=5
-    )
-    assert [line["lr/unet"] for line in trainer.log("resumed")] == [3e-3 * of_step(step) for step in (2, 3, 4)]
-    other = trainer.weights("old"), trainer.weights("resumed")
-    assert not all(torch.equal(other[0][name], other[1][name]) for name in other[0])
-    # an unchanged rate keeps every bit, another length is that of the whole run
+    # an unchanged rate keeps every bit
     saved = torch.load(state / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
-    groups, last = trainer.with_run("same", rates, **options, resume=state)
+    groups, last, config = trainer.with_run("same", rates_and_options, **options, resume=state)
     assert groups == [(saved["lr"], saved["initial_lr"])] and last == [saved["lr"]]
-    longer = {**options, "max_train_steps": 9, "resume": state}
-    groups, _ = trainer.with_run("longer", rates, **longer)
-    assert groups[0][0] == trainer.with_run("expected", multiplier, **longer) * 0.01
+    at = learning_rate_multiplier(config, max_steps=5)
+    assert [line["lr/unet"] for line in trainer.log("resumed")] == [3e-3 * at(step) for step in (2, 3, 4)]
+    old, resumed = trainer.weights("old"), trainer.weights("resumed")
+    assert not all(torch.equal(old[name], resumed[name]) for name in old)
+    # another length is that of the whole run
+    groups, _, config = trainer.with_run("longer", rates_and_options, **{**options, "max_train_steps": 9}, resume=state)
+    assert groups[0][0] == learning_rate_multiplier(config, max_steps=9)(2) * 0.01
 
 
 def test_a_schedule_with_a_memory_of_its_own_goes_on_in_proportion(trainer, stopped):

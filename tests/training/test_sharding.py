@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,15 @@ def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
     state = trainer.folder / "two" / "run-step00000002-state"
     assert not list(state.parent.glob(".*")) and len(list((state / SHARDED).glob("*.distcp"))) == 2
     again = {**options, "sample_prompts": None, "sample_every_n_steps": None, "resume": state}
-    launch(trainer, "again", FSDP, **again)
+    # one process has no room for its parts of a state: all know it, and go on
+    no_room = {**FSDP, "FULL_DISK": "run-step00000003-state"}
+    saving = {"save_every_n_steps": 1, "on_save_error": "continue"}
+    script = [str(ROOT / "tests/training/sharded_process.py"), "sd3", str(found)]
+    said = launch(trainer, "again", no_room, script, **{**again, **saving})
+    assert "can't be written: File too large" in said
+    names = {path.name for path in (trainer.folder / "again").iterdir()}
+    assert {"run-step00000003.safetensors", "run-state"} <= names
+    assert "run-step00000003-state" not in names and not any(name.startswith(".") for name in names)
     assert equal(trainer.weights("again"), trainer.weights("two"))
     for name in ("loss/current", "loss/validation", "loss/validation_raw"):
         whole = logged(trainer, "two", name)
@@ -126,7 +135,11 @@ def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
     trainer = full_trainer
     options = {**ADAMW, "cache_latents": True, "train_text_encoder": True, "max_train_steps": 4, "use_ema": True}
     options |= {"save_parts": ["text_encoders"], "ema_device": "cpu", "ema_validation": "comparison"}
-    options |= {"validation_split": 0.25, "validate_every_n_steps": 1}
+    # 3 pictures for training and 3 for validation: one process has fewer of both
+    for picture in sorted((ROOT / "examples/data/photos").glob("[ab]*.png"))[:2]:
+        shutil.copy(picture, trainer.photos)
+        shutil.copy(picture.with_suffix(".txt"), trainer.photos)
+    options |= {"dataset_config": in_batches_of_one(trainer), "validation_split": 0.5, "validate_every_n_steps": 1}
     once = {"save_every_n_steps": 2, "save_state": True}
     assert trainer("one", **options, **once, gradient_accumulation_steps=2) == 0
     state = trainer.folder / "one" / "run-step00000002-state"
