@@ -95,6 +95,10 @@ def _run(script: Script, arguments: Sequence[str]) -> int:
     if problems:
         print_errors(problems)
         return WRONG_USAGE
+
+    from library.training.launch import check_launch
+
+    check_launch(sys.argv, os.environ)
     if command_line.invocation.dry_run:
         from library.dry_run import report
 

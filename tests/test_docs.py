@@ -34,6 +34,9 @@ OPTION = re.compile(r"(?<![\w-])--(\[no-\])?([A-Za-z]\w*(?:-\w+)*)([*_]*)")
 INLINE_PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "g", "cn", "ctr", "rcfg", "fs"}
 OF_OTHER_PROGRAMS = {
     *("num_processes", "num_machines", "num_cpu_threads_per_process", "cpu", "dynamo_backend"),  # accelerate launch
+    *("multi_gpu", "machine_rank", "main_process_ip", "main_process_port"),  # accelerate launch
+    *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint"),  # torchrun
+    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "open-mode"),  # Slurm
     *("local-dir", "include"),  # hf download
     *("logdir",),  # tensorboard
     *("quiet", "upgrade"),  # pip

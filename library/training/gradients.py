@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.training.run import Run
+from library.training.shards import clip_gradients
 
 _BUNDLE_NUMBERS = 1 << 24
 
@@ -49,4 +50,7 @@ def bundles(parameters: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Pa
 def gradient_norm(run: Run, parameters: list[nn.Parameter]) -> Tensor:
     """The norm of all gradients together before clipping; clips them to ``--max_grad_norm`` when it is above 0."""
     limit = run.config.optimizer.max_grad_norm or math.inf
+    if run.sharded:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return clip_gradients(gradients, limit, run.device)
     return run.accelerator.clip_grad_norm_(parameters, limit)

@@ -10,7 +10,7 @@ from pathlib import Path
 from library.config.sampling import SkipLayerGuidance
 from library.records import TensorRecord
 from library.sampling.drawing import draw
-from library.sampling.pictures import encode_prompts
+from library.sampling.pictures import encode_prompts, generate
 from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptRequest, PromptText
 from library.training.due import always, every
@@ -18,6 +18,7 @@ from library.training.ema import WeightAverage
 from library.training.run import Run, StepHook
 from library.training.save_errors import could_not_write
 from library.training.saved_weights import RAW, averaged_weights
+from library.training.sharding import looking
 from library.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,13 @@ def average(average: WeightAverage, interval: int) -> StepHook:
 def looks(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     """The ways to look at the weights: what goes after names, and a context in which the weights are those."""
     mode = run.config.ema.ema_validation if run.average is not None else "ema_only"
+    shown: list[tuple[str, AbstractContextManager[None]]] = []
     if mode != "none":
-        yield "", averaged_weights(run)
+        shown.append(("", averaged_weights(run)))
     if mode != "ema_only":
-        yield RAW if mode == "comparison" else "", nullcontext()
+        shown.append((RAW if mode == "comparison" else "", nullcontext()))
+    for suffix, weights in shown:
+        yield suffix, looking(run.trainable, weights) if run.sharded else weights
 
 
 def log_numbers() -> StepHook:
@@ -112,7 +116,10 @@ class SampleTaker:
         texts = self.texts or encode_prompts(run.text, run.text_encoders, self.requests)
         written = []
         for index, request in enumerate(self.requests):
-            if index % run.accelerator.num_processes != run.accelerator.process_index:
+            if run.sharded and not run.accelerator.is_main_process:
+                self._draw_along(run, texts, request)
+                continue
+            if not run.sharded and index % run.accelerator.num_processes != run.accelerator.process_index:
                 continue
             path = folder / f"{stem}_{index:02d}_{request.file_stem}.png"
             try:
@@ -139,6 +146,13 @@ class SampleTaker:
                 previews=self._previews,
                 facts={},
             )
+
+    def _draw_along(self, run: Run, texts: Mapping[PromptText, TensorRecord], request: PromptRequest) -> None:
+        """Do what the main process does to draw a picture, which takes this process's part of the weights."""
+        assert run.vae is not None
+        device, dtype = run.device, run.weight_dtype
+        with run.accelerator.autocast():
+            generate(run.family, run.denoiser, run.vae, texts, request, device=device, dtype=dtype, skip=self.skip)
 
 
 def take_samples(taker: SampleTaker, *, steps: int | None, epochs: int | None) -> StepHook:

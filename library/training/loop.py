@@ -10,6 +10,7 @@ from library.training.optimizers import set_training_mode
 from library.training.run import Run
 from library.training.saved_weights import step_name
 from library.training.schedules import current_learning_rates
+from library.training.sharding import to_propagate
 from library.training.states import save_state
 from library.training.step import MicroBatchLoss, training_loss
 
@@ -43,19 +44,24 @@ def optimize(run: Run, step: int) -> None:
     sums = torch.zeros(5, device=run.device)
     samples: list[str] = []
     mine, step_samples = own_share(run, step)
-    for _ in range(mine):  # accumulation is data, not control flow
+    for number in range(passes(run, step)):  # accumulation is data, not control flow
         batch = next(run.batches)
         share = training_loss(run, batch, step_samples=step_samples)
-        sums += loss_sums(batch, share)
-        samples.extend(batch.keys)
+        if counts := number < mine:
+            sums += loss_sums(batch, share)
+            samples.extend(batch.keys)
         if run.fused_backward is not None:
             run.fused_backward.start(step, share.loss, samples)
-        run.accelerator.backward(share.loss)
+        loss = share.loss
+        if run.sharded:
+            loss = to_propagate(loss, run.accelerator.num_processes, counts=counts)
+        run.accelerator.backward(loss)
     if run.fused_backward is not None:
         norm = run.fused_backward.finish()
     else:
         parameters = run.parameters
-        sum_gradients(parameters, run.accelerator)
+        if not run.sharded:  # else they are summed where they arise
+            sum_gradients(parameters, run.accelerator)
         norm = gradient_norm(run, parameters)
     asked = run.stopper.exit_code
     sums = torch.cat([sums, torch.tensor([asked, asked > 0], device=run.device, dtype=sums.dtype)])
@@ -98,6 +104,12 @@ def loss_sums(batch: Batch, share: MicroBatchLoss) -> Tensor:
             rows = rows.to(sums.device, non_blocking=True)
             sums[place], sums[place + 1] = share.per_sample.where(rows, 0).sum(), rows.sum()
     return sums
+
+
+def passes(run: Run, step: int) -> int:
+    """How many micro-batches of the step this process does; with a sharded model all do as many as the busiest."""
+    busiest = min(run.config.training.gradient_accumulation_steps, len(run.plan.step(step)))
+    return busiest if run.sharded else own_share(run, step)[0]
 
 
 def own_share(run: Run, step: int) -> tuple[int, int]:

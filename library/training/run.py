@@ -57,6 +57,8 @@ class Run:
         origin: What states keep of where the run comes from, see ``prepare_data``.
         last_state: The newest state that this process knows to be whole: what it wrote last, or went on from.
         fused_backward: Steps them during the backward pass, where that is asked for.
+        sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
+            pass, and in whatever reads whole weights.
     """
 
     config: RunConfig
@@ -84,6 +86,7 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    sharded: bool = False
     origin: Mapping[str, Any] = field(default_factory=dict)
     last_state: Path | None = None
     hooks: Sequence["StepHook"] = ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, broadcast_object_list
 from torch import nn
 
 from library.config.errors import ConfigError
@@ -35,6 +35,7 @@ from library.training.encoders import LatentPreparation, TextSide, merge_base_we
 from library.training.full_model import DENOISER
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
+from library.training.launch import check_started
 from library.training.leftovers import clear_leftovers
 from library.training.loop import train
 from library.training.losses import LossHistory
@@ -48,6 +49,8 @@ from library.training.run import Run, StepHook
 from library.training.save_errors import starting_files
 from library.training.saving_hooks import saving_hooks
 from library.training.schedules import create_schedule
+from library.training.sharding import offloads, shard, uncached_autocast
+from library.training.sharding_settings import ShardingSettings, asked_sharding, forget_plugins
 from library.training.states import restore_state
 from library.training.step import encoded
 from library.training.stopping import Stopper
@@ -90,7 +93,13 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     check_run(config, family, accelerator_available=has_accelerator())
     log_in(config.logging)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
-    accelerator = start_accelerator(config, precision)
+    sharding = asked_sharding(config, os.environ)
+    accelerator = start_accelerator(config, precision, sharding)
+    if sharding is not None and accelerator.num_processes == 1:
+        log.warning(
+            "accelerate's configuration asks for %s, but one process has nobody to share with", sharding.asked_by
+        )
+        sharding = None
     if config.memory.fused_backward_pass:
         refuse_processes(accelerator.num_processes)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
@@ -100,7 +109,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     seed = resolve_seed(config, resumed, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
-    for line in precision.notes:
+    for line in (*precision.notes, *(sharding.notes if sharding is not None else ())):
         log.info(line)
     if warning := family.description.precision_warnings.get(precision.mixed):
         log.warning(warning)
@@ -113,17 +122,20 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
     trained = {name: dtypes[name] for name in components if name != DENOISER}
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtypes[DENOISER])
+    home = accelerator.device if sharding is None else torch.device("cpu")  # the whole need not fit on the device
+    denoiser = family.load_denoiser(device=home, dtype=dtypes[DENOISER])
     merge_base_weights(config, family, {DENOISER: denoiser})
     roots = {DENOISER: denoiser, **text_side.encoders}
     trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
     save_memory(config, family, denoiser)
+    if sharding is not None:
+        shard(family, trainable, sharding, accelerator.device)
     created = create_optimizer(
         config.optimizer.name,
         config.optimizer.optimizer_args,
         trainable.parameter_groups(config.optimizer),
         learning_rate=config.optimizer.learning_rate,
-        device=accelerator.device,
+        device=accelerator.device if sharding is None or not offloads(sharding, accelerator.device) else home,
     )
     for line in created.notes:
         log.info(line)
@@ -149,6 +161,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         prepared.max_steps,
         rank=accelerator.process_index,
         accumulation=config.training.gradient_accumulation_steps,
+        together=sharding is not None,
     )
     with starting_files(config.saving.output_dir):
         start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
@@ -173,6 +186,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         weight_dtype=precision.frozen,
         trackers=trackers,
         history=LossHistory(),
+        sharded=sharding is not None,
         metadata=run_metadata(
             config,
             family.description,
@@ -225,9 +239,10 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
 
 
-def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
-    """The device, processes and precision. Accumulation is ours: it always sees one step at a time."""
-    handlers = []
+def start_accelerator(config: RunConfig, precision: Precision, sharding: ShardingSettings | None = None) -> Accelerator:
+    """The device, processes and precision. Accumulation and sharding are ours: it sees one step and whole models."""
+    forget_plugins(os.environ)
+    handlers: list[KwargsHandler] = [] if sharding is None else [uncached_autocast()]
     if config.training.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.training.ddp_timeout)))
     trackers = list(config.logging.trackers)
@@ -237,6 +252,7 @@ def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
         project_dir=logging_folder(config.logging),
         kwargs_handlers=handlers,
     )
+    check_started(accelerator.num_processes, os.environ)
     if not accelerator.is_main_process:
         logging.getLogger("library").setLevel(logging.WARNING)
         logging.getLogger("networks").setLevel(logging.WARNING)

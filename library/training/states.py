@@ -1,6 +1,7 @@
 """The state of a run, which a resumed run goes on from. It appears whole or not at all."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from library.io.header import read_header
 from library.io.manifest import write_manifest
 from library.io.safetensors import load_tensors, save_tensors
 from library.io.torch_files import save_torch
+from library.training import sharded_states
 from library.training.configured import changed_arguments, group_settings, take_settings
-from library.training.ema import WeightAverage
 from library.training.optimizers import load_optimizer_state
 from library.training.run import Run
 from library.training.save_errors import saving_together
@@ -38,23 +39,32 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
     target = Path(run.config.saving.output_dir) / f"{stem}-state"
     main = run.accelerator.is_main_process
     with saving_together(run, lambda: _size(run)):
-        if main:
+        if main or run.sharded:
             refuse_non_finite_weights(run, done)
+        parts = sharded_states.write(run, target) if run.sharded else None
+        if main:
             run.trackers.sync()
             with atomic_folder(target) as folder:
-                _write_tensors(run, folder)
+                _write_tensors(run, folder, parts)
                 write_text(folder / PROGRESS, json.dumps(_progress(run, done), indent=1))
                 write_manifest(folder)
     run.last_state = target
     return target if main else None
 
 
-def _write_tensors(run: Run, folder: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
-    save_tensors(tensors, folder / TRAINABLE, {})
-    save_torch(_optimizer_state(run), folder / OPTIMIZER)
+def _write_tensors(run: Run, folder: Path, parts: Path | None) -> None:
+    """Write what is trained; ``parts`` has the tensors already where all processes have written their parts of them."""
+    average = run.average.tensors() if run.average is not None else {}
+    state = _optimizer_state(run)
+    if parts is not None:
+        os.rename(parts, folder / sharded_states.SHARDED)
+        average, state["optimizer"] = {}, sharded_states.optimizer_rest(state["optimizer"])
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
+        save_tensors(tensors, folder / TRAINABLE, {})
+    save_torch(state, folder / OPTIMIZER)
     if run.average is not None:
-        save_tensors(run.average.tensors(), folder / AVERAGE, {"updates": str(run.average.updates)})
+        save_tensors(average, folder / AVERAGE, {"updates": str(run.average.updates)})
 
 
 def _progress(run: Run, done: int) -> dict[str, Any]:
@@ -109,18 +119,24 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     of the run that saved.
     """
     refuse_other_weights(folder, run.trainable)
-    run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     configured = group_settings(inner)
+    spread = run.sharded or sharded_states.is_sharded(Path(folder))
     try:
-        load_optimizer_state(inner, state["optimizer"])
+        if spread:
+            sharded_states.read(run, Path(folder), state["optimizer"], weights=TRAINABLE, average=AVERAGE)
+        else:
+            run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
+            load_optimizer_state(inner, state["optimizer"])
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"
         ) from error
     if run.average is not None:
-        _restore_average(run.average, Path(folder) / AVERAGE)
+        header = read_header(Path(folder) / AVERAGE)
+        tensors = run.average.tensors() if spread else dict(load_tensors(header))
+        run.average.load(tensors, int(header.metadata["updates"]))
     run.schedule.load_state_dict({**run.schedule.state_dict(), **state["schedule"]})
     arguments = changed_arguments(run.config.optimizer.optimizer_args, progress["settings"]["optimizer_args"])
     take_settings(inner, run.schedule, configured, arguments)
@@ -129,18 +145,14 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     run.history.restore(progress["history"])
 
 
-def _restore_average(average: WeightAverage, path: Path) -> None:
-    header = read_header(path)
-    average.load(dict(load_tensors(header)), int(header.metadata["updates"]))
-
-
 def refuse_other_weights(folder: str, trainable: nn.Module) -> None:
     """Compare the trained weights of a run state with this run's, from its header alone.
 
     Raises:
         ConfigError: They are of other layers or sizes.
     """
-    saved = read_header(Path(folder) / TRAINABLE).shapes
+    sharded = sharded_states.is_sharded(Path(folder))
+    saved = sharded_states.saved_shapes(Path(folder)) if sharded else read_header(Path(folder) / TRAINABLE).shapes
     own = {name: tuple(tensor.shape) for name, tensor in trainable.state_dict().items()}
     differing = [name for name in sorted(set(saved) | set(own)) if saved.get(name) != own.get(name)]
     if differing:
