@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -28,7 +29,7 @@ def in_processes(count: int, act: Callable[[int], Any], *, seconds: float = 100)
     try:
         for rank, end in enumerate(ends):
             assert end.poll(seconds), f"process {rank} of {count} is silent"
-            ok, result = end.recv()
+            ok, result = pickle.loads(end.recv_bytes())
             assert ok, f"process {rank} of {count}:\n{result}"
             results.append(result)
     finally:
@@ -58,7 +59,7 @@ def _run(act: Callable[[int], Any], rank: int, count: int, port: int, end: Any) 
     except BaseException:
         answer = (False, traceback.format_exc())
     with contextlib.suppress(BrokenPipeError):
-        end.send(answer)
+        end.send_bytes(pickle.dumps(answer))  # whole: tensors would be sent as files that end with this process
     end.close()
     sys.stdout.flush()
     sys.stderr.flush()
