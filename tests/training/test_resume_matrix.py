@@ -355,3 +355,11 @@ def interrupt(trainer, output: str, stop: Stop, options: dict) -> None:
         with pytest.raises(Killed) if stop.code is None else contextlib.nullcontext():
             assert trainer(output, **options, resume=state) == stop.code
     assert not os.path.exists(trainer.folder / output / "run.safetensors"), "it was not interrupted"
+
+
+def test_a_run_that_ended_goes_on_as_if_it_had_been_longer_from_the_start(trainer):
+    options = {**DISK, **UNET, **VALIDATION, "use_ema": True, "save_state_on_train_end": True}
+    assert trainer("whole", **options, max_train_steps=5) == 0
+    assert trainer("longer", **options, max_train_steps=3) == 0
+    assert trainer("longer", **options, max_train_steps=5, resume=trainer.folder / "longer" / "run-state") == 0
+    assert compare_runs(trainer.folder / "whole", trainer.folder / "longer").differences == []
