@@ -101,9 +101,9 @@ def _run(script: Script, arguments: Sequence[str]) -> int:
         print(resolved_toml(config))
         print("\n".join(report(config)))
 
-        from library.training.setup import trained_components
+        from library.training.rehearsal import rehearsal
 
-        print(f"trained: {', '.join(trained_components(config))}")
+        print("\n".join(rehearsal(config)))
         print("nothing was loaded or written (--dry_run)")
         return 0
     configure_logging(config.logging)

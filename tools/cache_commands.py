@@ -131,7 +131,7 @@ def _run_of(path: str, family: str | None) -> RunConfig:
             raise ConfigError(f"{path} doesn't say its model family; add --family {' or '.join(sorted(FAMILIES))}")
         raise ConfigError(f"{path}: no such file")
     # What the run was resumed from may be gone since
-    return _configuration(script, _read(script, ["--config_file", path, "--resume", ""]))
+    return _configuration(script, _read(script, ["--config_file", path, "--resume", "", "--no-resume_anyway"]))
 
 
 def _read(script: Script, options: Sequence[str]) -> CommandLine:

@@ -109,6 +109,13 @@ class SavingConfig:
         None, "The same for states saved after steps. By default --save_last_n_steps.", minimum=1
     )
     save_state: bool = option(False, "Save the state for --resume whenever weights are saved, the end included.")
+    on_save_error: str = option(
+        "stop",
+        "What happens when weights or a state can't be written, as on a full disk. The run ends with exit code 2 "
+        "(stop), or goes on with a warning and tries again at the next save (continue). At the end of the run it is an "
+        "error in any case. What was saved before stays as it is.",
+        choices=("stop", "continue"),
+    )
     save_state_on_train_end: bool = option(False, "Save the state at the end of the run, to train on later.")
     no_metadata: bool = option(
         False, "Write only what loaders need into the file's metadata. By default all settings that acted."
@@ -143,6 +150,11 @@ class SavingConfig:
                 problems.append(f"--{name} does nothing without {wanted}; add it or remove --{name}")
             if getattr(self, f"{name}_state") and not (interval and self.save_state):
                 problems.append(f"--{name}_state does nothing without {wanted} and --save_state; add them")
+        if self.on_save_error == "continue" and not (self.save_every_n_steps or by_epochs):
+            problems.append(
+                "--on_save_error continue does nothing when the run is saved at its end alone; add "
+                "--save_every_n_steps, or remove it"
+            )
         if problems:
             raise ConfigError("\n".join(problems))
 

@@ -1,9 +1,18 @@
 """How long, in which precision, and from where."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from library.config.errors import ConfigError
 from library.config.options import option
+
+AUTO = "auto"
+"""The value of ``--resume`` that finds the state by itself."""
+
+
+def parse_resume(value: Any) -> str:
+    """This reads ``latest``, the older word, as ``auto``; anything else is a folder."""
+    return AUTO if value == "latest" else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +68,17 @@ class TrainingConfig:
     )
     resume: str | None = option(
         None,
-        "Folder of a saved state (<name>-...-state) to go on from, exactly where it stopped. By default a fresh run.",
+        "Folder of a saved state (<name>-...-state) to go on from, exactly where it stopped; or auto (latest is the "
+        "same): the newest whole state of --output_name in --output_dir, a fresh run where there is none, and nothing "
+        "at all where the run is done. By default a fresh run.",
         metavar="FOLDER",
         aliases=("resume_from_checkpoint",),
+        parse=parse_resume,
+    )
+    resume_anyway: bool = option(
+        False,
+        "Go on although something that the result depends on differs from the run that the state was saved from: a "
+        "warning instead of an error, where that is possible at all.",
     )
     max_train_seconds: int | None = option(
         None,
@@ -87,6 +104,8 @@ class TrainingConfig:
                 problems.append(
                     f"--full_{precision} needs --mixed_precision {precision}, but it is {self.mixed_precision}"
                 )
+        if self.resume_anyway and not self.resume:
+            problems.append("--resume_anyway does nothing without --resume; add it or remove --resume_anyway")
         if self.stochastic_rounding and not self.full_bf16:
             problems.append("--stochastic_rounding does nothing without --full_bf16; add it or remove it")
         if problems:

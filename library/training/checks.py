@@ -14,7 +14,6 @@ from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_block_swap, resolve_precision
 from library.training.schedules import create_schedule
-from library.training.states import refuse_other_weights
 from library.training.trackers import check_packages
 from library.training.updates import check_updates
 
@@ -70,7 +69,5 @@ def _try_optimizer(config: RunConfig) -> None:
 
 def _rehearse(config: RunConfig, family: ModelFamily, *, accelerator_available: bool) -> None:
     """Make what is trained on the meta device."""
-    trainable = job_of(config).rehearse(config, family)
+    job_of(config).rehearse(config, family)
     resolve_block_swap(config, family.description.blocks, accelerator_available=accelerator_available)
-    if config.training.resume:
-        refuse_other_weights(config.training.resume, trainable)

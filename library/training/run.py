@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,8 @@ class Run:
         average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
+        origin: What states keep of where the run comes from, see ``prepare_data``.
+        last_state: The newest state that this process knows to be whole: what it wrote last, or went on from.
         fused_backward: Steps them during the backward pass, where that is asked for.
     """
 
@@ -81,6 +84,8 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    last_state: Path | None = None
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from library.config.errors import ConfigError
 from library.config.saving import SavingConfig
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
+from library.training.save_errors import saving_together
 
 RAW = "_raw"
 """Goes after the name of what is made with the weights as they are trained, beside their average."""
@@ -29,18 +30,33 @@ def epoch_name(config: SavingConfig, epoch: int) -> str:
 
 
 def save_weights(run: Run, stem: str, done: int) -> list[Path]:
-    """Write the trained weights in every format that was asked for; returns the files and folders."""
-    if not run.accelerator.is_main_process:
-        return []
-    refuse_non_finite_weights(run, done)
+    """Write the trained weights in every format that was asked for. Every process calls it.
+
+    Returns:
+        The files and folders, on the main process.
+
+    Raises:
+        SaveFailed: One can't be written; what was there before is as it was.
+        ConfigError: A weight is not finite.
+    """
+    written: list[Path] = []
     precision = run.config.saving.save_precision
     dtype = _DTYPES[precision] if precision else None
-    with averaged_weights(run):
-        facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
-        written = list(run.job.save(run, stem, done, dtype, facts))
-    if run.config.ema.ema_save_raw:
-        written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
+    with saving_together(run, lambda: _size(run, dtype)):
+        if run.accelerator.is_main_process:
+            refuse_non_finite_weights(run, done)
+            with averaged_weights(run):
+                facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
+                written += run.job.save(run, stem, done, dtype, facts)
+            if run.config.ema.ema_save_raw:
+                written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
     return written
+
+
+def _size(run: Run, dtype: torch.dtype | None) -> int:
+    """About how many bytes the trained weights have in a file of this type."""
+    tensors = run.trainable.state_dict().values()
+    return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
 def refuse_non_finite_weights(run: Run, done: int) -> None:

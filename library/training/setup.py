@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,7 @@ from library.training.encoders import LatentPreparation, TextSide, merge_base_we
 from library.training.full_model import DENOISER
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
+from library.training.leftovers import clear_leftovers
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
@@ -42,9 +43,12 @@ from library.training.optimizers import create_optimizer
 from library.training.precision import Precision, resolve_block_swap, resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
+from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
 from library.training.run import Run, StepHook
+from library.training.save_errors import starting_files
+from library.training.saving_hooks import saving_hooks
 from library.training.schedules import create_schedule
-from library.training.states import restore_state, resumed_progress
+from library.training.states import restore_state
 from library.training.step import encoded
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
@@ -57,7 +61,11 @@ log = logging.getLogger(__name__)
 def run_training(config: RunConfig) -> int:
     """This sets a run up, trains, and returns the exit code."""
     started = time.monotonic()
-    run, taker = set_up(config)
+    try:
+        run, taker = set_up(config)
+    except RunIsComplete as told:
+        log.info("%s; there is nothing to do", told)
+        return 0
     run.stopper = Stopper(config.training.max_train_seconds, started)
     try:
         if taker is not None and config.sampling.sample_at_first and run.first_step == 0:
@@ -69,22 +77,15 @@ def run_training(config: RunConfig) -> int:
     return run.stop_code
 
 
-def trained_components(config: RunConfig) -> tuple[str, ...]:
-    """This checks all that ``set_up`` checks before it loads anything, and says what would be trained.
+def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
+    """Everything that a run needs, made in the order that keeps the least in memory.
 
     Raises:
-        ConfigError: All that is wrong, one line each.
+        ConfigError: Something can't work.
+        RunIsComplete: ``--resume auto``, and no step is left to do.
     """
-    resumed_progress(config)
-    family = create_family(config.family_name, config)
-    return check_run(config, family, accelerator_available=has_accelerator())
-
-
-def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
-    """Everything that a run needs, made in the order that keeps the least in memory."""
     assert config.optimizer.learning_rate is not None
     job = job_of(config)
-    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     check_run(config, family, accelerator_available=has_accelerator())
     log_in(config.logging)
@@ -93,7 +94,10 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     if config.memory.fused_backward_pass:
         refuse_processes(accelerator.num_processes)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
-    seed = resolve_seed(config, progress, accelerator)
+    if accelerator.is_main_process:
+        clear_leftovers(config.saving)
+    resumed = agree_on_resumed(config, accelerator)
+    seed = resolve_seed(config, resumed, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
     for line in precision.notes:
@@ -103,7 +107,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)
-    prepared = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=preparation.fill)
+    prepared = prepare_data(config, family, text, resumed, accelerator, seed=seed, fill=preparation.fill)
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
     components = job.check(config, family)
     dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
@@ -146,7 +150,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         rank=accelerator.process_index,
         accumulation=config.training.gradient_accumulation_steps,
     )
-    start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
+    with starting_files(config.saving.output_dir):
+        start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
+        trackers = Trackers(accelerator, log_path(config), first_step=prepared.first_step)
     run = Run(
         config=config,
         seed=seed,
@@ -165,7 +171,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         max_steps=prepared.max_steps,
         first_step=prepared.first_step,
         weight_dtype=precision.frozen,
-        trackers=Trackers(accelerator, log_path(config), first_step=prepared.first_step),
+        trackers=trackers,
         history=LossHistory(),
         metadata=run_metadata(
             config,
@@ -178,15 +184,17 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
                 "num_validation_images": len(data.discovery.validation) or None,
             },
         ),
+        origin=prepared.origin,
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"
         run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
-    if config.training.resume and progress:
-        restore_state(run, config.training.resume, progress)
-        log.info("resumed from %s after step %d", config.training.resume, run.first_step)
+    if resumed is not None:
+        restore_state(run, resumed.folder, resumed.progress)
+        run.last_state = Path(resumed.folder)
+        log.info("resumed from %s after step %d", resumed.folder, run.first_step)
     prepare_updates(run)
     taker = sample_taker(config, requests, text_side)
     run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
@@ -195,7 +203,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         log.info(line)
     if prepared.report is not None:
         comments = "".join(f"# {line}\n" for line in [*lines, *report_lines(prepared.report)])
-        write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
+        with starting_files(config.saving.output_dir):
+            write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
     return run, taker
 
 
@@ -234,18 +243,13 @@ def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
     return accelerator
 
 
-def resolve_seed(config: RunConfig, progress: dict[str, Any] | None, accelerator: Accelerator) -> int:
-    """The run's seed: the resumed run's, the typed one, or a fresh one that all processes share."""
+def resolve_seed(config: RunConfig, resumed: Resumed | None, accelerator: Accelerator) -> int:
+    """The run's seed: the typed one, the resumed run's, or a fresh one that all processes share."""
     typed = config.training.seed
-    if progress is not None:
-        if typed is not None and typed != progress["seed"]:
-            raise ConfigError(
-                f"--seed {typed}: the state in {config.training.resume} was made with seed {progress['seed']}; "
-                "leave --seed out to go on with it"
-            )
-        return int(progress["seed"])
     if typed is not None:
-        return typed
+        return typed  # whether it is the state's is looked at with everything else that may differ
+    if resumed is not None:
+        return int(resumed.progress["seed"])
     return (
         broadcast_object_list([secrets.randbelow(2**31)])[0]
         if accelerator.num_processes > 1
@@ -299,7 +303,7 @@ def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation
     if taker is not None:
         steps, epochs = config.sampling.sample_every_n_steps, config.sampling.sample_every_n_epochs
         made.append(hooks.take_samples(taker, steps=steps, epochs=epochs))
-    return made + hooks.saving_hooks(run)
+    return made + saving_hooks(run)
 
 
 def log_path(config: RunConfig) -> str:
