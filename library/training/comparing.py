@@ -13,15 +13,16 @@ from torch import Tensor
 
 from library.config.errors import ConfigError
 from library.io.header import read_header
+from library.io.manifest import MANIFEST
 from library.io.safetensors import load_tensors
-from library.training.states import AVERAGE, OPTIMIZER, PROGRESS, TRAINABLE
+from library.training.state_files import AVERAGE, OPTIMIZER, PROGRESS, TRAINABLE
 
 _OF_THE_CLOCK = ("ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date")
 """Metadata that tells when and by which process a file was written."""
 
-# What was asked for rather than what came of it; and checksums, for the files themselves are compared.
-_BESIDE_THE_RESULT = ("settings", "checksums", "files")
-_NOT_RESULTS = ("cache/*", "*-run.toml")
+# What was asked for rather than what came of it; who wrote it, and when.
+_BESIDE_THE_RESULT = ("settings", "saved", "run")
+_NOT_RESULTS = ("cache/*", "*-run.toml", f"*/{MANIFEST}")
 _ONE_MORE_STOP = ("*-step????????-state/*",)
 _CLOCKED_NUMBERS = ("*per_second*", "*seconds*", "*time*")
 

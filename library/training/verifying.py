@@ -13,7 +13,7 @@ from pathlib import Path
 
 from library.config.errors import ConfigError
 from library.training.comparing import Comparison, compare_runs
-from library.training.states import PROGRESS
+from library.training.state_files import PROGRESS
 
 WHOLE, PARTS, NAME = "whole", "parts", "check"
 _ENDING_SECONDS = 300

@@ -1,12 +1,10 @@
 """Ways to end a run before its time, and how to go on from what it left."""
 
-import json
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
-from library.training import caching, hooks, loop
+from library.training import caching, hooks, loop, saving_hooks
 from library.training.hooks import StepHook
 
 
@@ -72,7 +70,7 @@ def in_micro_batch(number: int, micro_batch: int) -> Stop:
 
 
 def after(hook: str, number: int) -> Stop:
-    """Killed after a hook has acted on a step: ``log_numbers``, ``validate``, ``take_samples``, ``save``, ..."""
+    """Killed after a hook has acted on a step: ``log_numbers``, ``validate``, ``take_samples``, ..."""
 
     def install(patch):
         made = getattr(hooks, hook)
@@ -92,18 +90,31 @@ def after(hook: str, number: int) -> Stop:
     return Stop(f"after {hook} of step {number}", install)
 
 
+def after_save(number: int) -> Stop:
+    """Killed after the state of a step is written."""
+    return _around_save_state(f"after the save of step {number}", number, before=False)
+
+
 def between_weights_and_state(number: int) -> Stop:
     """Killed in a save, when the weights are written and the state is not."""
+    return _around_save_state(f"in the save of step {number}", number, before=True)
 
+
+def _around_save_state(name: str, number: int, *, before: bool) -> Stop:
     def install(patch):
-        save_state = hooks.save_state
+        save_state = saving_hooks.save_state
 
         def patched(run, stem, done):
-            return _die() if done == number else save_state(run, stem, done)
+            if done == number and before:
+                raise Killed
+            folder = save_state(run, stem, done)
+            if done == number:
+                raise Killed
+            return folder
 
-        patch.setattr(hooks, "save_state", patched)
+        patch.setattr(saving_hooks, "save_state", patched)
 
-    return Stop(f"in the save of step {number}", install)
+    return Stop(name, install)
 
 
 def in_picture(number: int) -> Stop:
@@ -147,9 +158,3 @@ def sigterm(number: int) -> Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return Stop(f"SIGTERM in step {number}", lambda patch: _before_optimizing(patch, number, ask), code=143)
-
-
-def newest_state(folder: Path) -> Path | None:
-    """The state of the most steps in an output folder."""
-    states = [(json.loads((path / "state.json").read_text())["step"], path) for path in folder.glob("*-state")]
-    return max(states)[1] if states else None

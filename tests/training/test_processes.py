@@ -15,7 +15,6 @@ from library.training import loop, step
 from library.training.gradients import sum_gradients
 from library.training.loop import own_share
 from library.training.step import training_loss
-from tests.training.interruptions import newest_state
 from tests.training.ranks import in_processes
 
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True}
@@ -203,7 +202,6 @@ def test_two_processes_log_and_learn_as_one(request, job, options, data, logged)
     assert logged <= {name.split(" ", 1)[1] for name in one}
     assert two == pytest.approx(one, rel=1e-4)
     assert close(trainer.weights("one"), trainer.weights("two"))
-    (trainer.folder / "two" / "run-state").rename(trainer.folder / "the last one")
-    state = newest_state(trainer.folder / "two")
+    state = trainer.folder / "two" / "run-step00000002-state"
     assert trainer("two then one", **options, resume=state) == 0
     assert numbers(trainer, "two then one") == pytest.approx(numbers(trainer, "one", after=2), rel=1e-4)

@@ -1,7 +1,7 @@
 """A run that is stopped anywhere and goes on ends with the bytes of one that never stopped.
 
 Each row of the matrix is one job with its options: an uninterrupted run, and for each of the row's interruptions the
-same run, interrupted (some several times) and gone on with from the newest state in its own folder. Then everything
+same run, interrupted (some several times) and gone on with by ``--resume auto`` in its own folder. Then everything
 that both wrote is compared bit for bit by ``compare_runs``: the saved weights and what they say about themselves, the
 final state (trained weights, optimizer, schedule, moving average, losses), every logged number, samples, and that no
 file is missing or left over.
@@ -33,11 +33,11 @@ from tests.training.interruptions import (
     Killed,
     Stop,
     after,
+    after_save,
     before_step,
     between_weights_and_state,
     in_micro_batch,
     in_picture,
-    newest_state,
     sigterm,
     while_caching,
 )
@@ -183,12 +183,12 @@ ROWS = [
         | {"pos_emb_random_crop_rate": 0.5, "max_train_steps": 3},
         [[after("take_samples", 2)], [after("validate", 2), in_picture(3)]],
     ),
-    Row("samples", FULL, {**MEMORY, **EVERY_STEP, **SAMPLES}, [[after("take_samples", 3)], [after("save", 2)]]),
+    Row("samples", FULL, {**MEMORY, **EVERY_STEP, **SAMPLES}, [[after("take_samples", 3)], [after_save(2)]]),
     Row(
         "schedule-free",
         LORA,
         {**MEMORY, **UNET, **WORKERS, **EVERY_STEP, **VALIDATION, "optimizer_type": "AdamWScheduleFree"},
-        [[sigterm(3)], [after("save", 2), after("save", 3)]],
+        [[sigterm(3)], [after_save(2), after_save(3)]],
     ),
     Row(
         "schedule-free with warm-up",
@@ -213,7 +213,7 @@ ROWS = [
         "rounded, whole step",
         LORA,
         {**ONLINE, **ROUNDED, **EVERY_STEP, **UNET, "optimizer_type": "CAME", "learning_rate": 1e-4},
-        [[after("save", 3)]],
+        [[after_save(3)]],
     ),
     Row(
         "caption variants",
@@ -331,7 +331,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(row, request):
         for output, stops in zip(outputs, row.stops):
             for stop in stops:
                 interrupt(trainer, output, stop, options)
-            assert trainer(output, **options, resume=newest_state(trainer.folder / output)) == 0
+            assert trainer(output, **options, resume="auto") == 0
 
     options |= {"save_state_on_train_end": True}
     if row.processes == 1:
@@ -349,11 +349,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(row, request):
 
 def interrupt(trainer, output: str, stop: Stop, options: dict) -> None:
     """Train in ``output``, from its newest state on if there is one, until the run is stopped."""
-    state = newest_state(trainer.folder / output)
     with pytest.MonkeyPatch.context() as patch:
         stop(patch)
         with pytest.raises(Killed) if stop.code is None else contextlib.nullcontext():
-            assert trainer(output, **options, resume=state) == stop.code
+            assert trainer(output, **options, resume="auto") == stop.code
     assert not os.path.exists(trainer.folder / output / "run.safetensors"), "it was not interrupted"
 
 
