@@ -56,6 +56,8 @@ def decode(data: bytes, at_least: Resolution | None = None) -> Decoded:
     header = read_header(data)
     if header.kind is None:
         raise OSError(header.problem)
+    if header.problem is not None and header.problem != CUT:  # what is cut may be worth a try
+        raise OSError(header.problem)
     if missing := _missing_plugin(header.kind):
         raise OSError(missing)
     try:

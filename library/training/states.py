@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.config.documents import MOST_JSON_BYTES, parse_json, read_text
 from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.io.atomic import atomic_folder
 from library.io.header import read_header
+from library.io.pickles import check_pickle
 from library.io.safetensors import load_tensors, save_tensors
 from library.training.ema import WeightAverage
 from library.training.optimizers import load_optimizer_state
@@ -105,15 +107,16 @@ def read_progress(folder: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--resume {folder}: not a run state, it has no {PROGRESS}; give a folder named ...-state")
     try:
-        progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found, checksums = progress["format"], progress["checksums"]
-    except (ValueError, KeyError, TypeError) as error:
+        text = read_text(path, MOST_JSON_BYTES, kind="a run state's light part")
+        progress: dict[str, Any] = parse_json(text, constants=True)
+        found, checksums = progress["format"], dict(progress["checksums"])
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"--resume {folder}: {PROGRESS} is damaged ({error}); resume from an older state") from error
     if found != STATE_FORMAT:
         raise ConfigError(f"--resume {folder}: written in format {found}, this version reads {STATE_FORMAT}")
     for name, checksum in checksums.items():
-        file = path.parent / name
-        if not file.is_file() or _checksum(file) != checksum:
+        file = path.parent / Path(name).name
+        if "\x00" in name or not file.is_file() or _checksum(file) != checksum:
             raise ConfigError(f"--resume {folder}: {name} is missing or damaged; resume from an older state")
     return progress
 
@@ -122,6 +125,7 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     """Put the weights, the optimizer, the schedule and the losses back to where the state was saved."""
     refuse_other_weights(folder, run.trainable)
     run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
+    check_pickle(Path(folder) / OPTIMIZER)
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     try:
