@@ -20,9 +20,11 @@ from typing import Any
 from library.cli import SCRIPTS, refused_options
 from library.config.captions import CaptionConfig
 from library.config.command_line import read_command_line
+from library.config.config_file import read_config_file
 from library.config.data import DataConfig
 from library.config.dataset import SubsetConfig, read_datasets
 from library.config.errors import ConfigError
+from library.config.options import all_options, build
 from library.config.pictures import PictureConfig
 from library.data.captions import caption_for_visit, caption_versions
 from library.data.metadata_files import read_metadata
@@ -34,6 +36,8 @@ from library.sampling.prompts import read_prompts
 _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _LONGEST_LINE = 1100
 _SCRIPT = SCRIPTS["sd3_train_network"]
+_OPTIONS = all_options(_SCRIPT.groups)
+_REFUSED = refused_options("sd3")
 TARGETS = {
     "denoiser": AdapterTargets(
         prefix="lora_unet",
@@ -93,12 +97,17 @@ def run_toml(data: bytes, folder: Path) -> None:
     """A TOML with options."""
     path = folder / "run.toml"
     path.write_bytes(data)
-    command_line(["--config_file", str(path)])
+    said = answer(lambda: read_config_file(path, _OPTIONS, _REFUSED))
+    if said is not None:
+        values, problems = said
+        for problem in [*problems, *build(_SCRIPT.groups, {}, values, path.name).problems]:
+            assert problem
+            check_message(ConfigError(problem))
 
 
 def command_line(words: list[str]) -> None:
     """What is typed."""
-    said = read_command_line(_SCRIPT.groups, words, refusals=refused_options("sd3"))
+    said = read_command_line(_SCRIPT.groups, words, refusals=_REFUSED)
     for problem in said.problems:
         assert problem
         check_message(ConfigError(problem))

@@ -183,7 +183,7 @@ def _inline(line: str, where: str) -> dict[str, Any]:
     prompt = line[: found[0].start()] if found else line
     if not prompt.strip():
         raise ConfigError(f"{where}: the prompt is missing; write it before the options")
-    said: dict[str, Any] = {"prompt": prompt.strip()}
+    said: dict[str, Any] = {"prompt": _converted("prompt", prompt.strip(), f"{where}: the prompt")}
     for match, following in zip(found, [*found[1:], None]):
         name = match.group(1)
         if name in _REFUSED:

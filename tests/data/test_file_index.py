@@ -334,14 +334,14 @@ def test_files_are_read_by_as_many_threads_as_allowed(folder, monkeypatch):
         picture(folder / f"{number}.png")
     at_once, most, lock = [0], [0], threading.Lock()
 
-    def slow(path):
+    def slow(path, **limits):
         with lock:
             at_once[0] += 1
             most[0] = max(most[0], at_once[0])
         time.sleep(0.01)
         with lock:
             at_once[0] -= 1
-        return places.read_bytes(path)
+        return places.read_bytes(path, **limits)
 
     monkeypatch.setattr(picture_facts, "read_bytes", slow)
     FileIndex(None, threads=3).facts(listed(folder))
