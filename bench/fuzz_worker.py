@@ -12,13 +12,16 @@ def main() -> None:
     """Fuzz."""
     import atheris
 
-    # what is imported here reports its branches; torch and transformers are left as they are
-    with atheris.instrument_imports(include=["library.config", "library.io", "library.data", "networks"]):
-        from bench.fuzz_targets import all_targets
-
     name, *words = sys.argv[1:]
-    parse = all_targets()[name].parse
     with tempfile.TemporaryDirectory() as folder:
+        # what is imported here reports its branches, also what the parser imports at first use; torch is left as it is
+        with atheris.instrument_imports(include=["library.config", "library.io", "library.data", "networks"]):
+            from bench.fuzz_targets import all_targets
+
+            target = all_targets()[name]
+            for seed in target.seeds:
+                target.parse(seed, Path(folder))
+        parse = target.parse
         atheris.Setup([sys.argv[0], *words], lambda data: parse(data, Path(folder)))
         atheris.Fuzz()
 

@@ -92,9 +92,9 @@ def test_errors_about_a_secret_do_not_show_it(trainer, capfd, options, dry_run):
 def test_an_address_with_a_login_in_a_dataset_is_refused(trainer, capfd, key):
     folder = "" if key == "image_dir" else f"image_dir = {json.dumps(str(trainer.photos))}\n"
     dataset = trainer.folder / "dataset.toml"
-    dataset.write_text(
-        f'[[datasets]]\nresolution = 64\nmin_bucket_reso = 32\nbucket_reso_steps = 32\n[[datasets.subsets]]\n{folder}{key} = "https://{LOGIN}@host/x.json"\n'
-    )
+    sizes = "resolution = 64\nmin_bucket_reso = 32\nbucket_reso_steps = 32"
+    address = f'{key} = "https://{LOGIN}@host/x.json"'
+    dataset.write_text(f"[[datasets]]\n{sizes}\n[[datasets.subsets]]\n{folder}{address}\n")
     assert trainer("output", dataset_config=dataset) == 2
     printed = "".join(capfd.readouterr())
     assert f"datasets[0].subsets[0].{key}: the address has a login" in printed and PASSWORD not in printed
