@@ -2,9 +2,9 @@
 
 import base64
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from library.config.documents import MEBIBYTE, size_text
 from library.config.errors import ConfigError
 from library.config.options import option
 
@@ -38,6 +38,9 @@ def parse_save_precision(value: Any) -> str:
 _PICTURES = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
 
+MOST_THUMBNAIL_BYTES = 8 * MEBIBYTE
+
+
 def thumbnail_address(path: str) -> str:
     """This turns a picture file into the ``data:`` address that holds it whole, as ``modelspec.thumbnail`` wants it.
 
@@ -45,9 +48,15 @@ def thumbnail_address(path: str) -> str:
         ConfigError: The file can't be read, or is no picture of a kind that browsers show.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(MOST_THUMBNAIL_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"--metadata_thumbnail {path}: can't be read ({error.strerror})") from None
+    if len(content) > MOST_THUMBNAIL_BYTES:
+        raise ConfigError(
+            f"--metadata_thumbnail {path}: larger than {size_text(MOST_THUMBNAIL_BYTES)}, which would stand at the "
+            "start of every saved file; make it smaller"
+        )
     kind = next((kind for start, kind in _PICTURES if content.startswith(start)), None)
     if kind is None:
         raise ConfigError(f"--metadata_thumbnail {path}: not a picture in PNG, JPEG or WebP")

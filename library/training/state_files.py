@@ -1,7 +1,6 @@
 """The states of a run as they lie on disk: their files, whether those are whole, and which states there are."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.config.documents import MOST_JSON_BYTES, parse_json, read_text
 from library.config.errors import ConfigError
 from library.io.manifest import MANIFEST, find_damage, looks_whole
 
@@ -54,18 +54,18 @@ def read_progress(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if has_manifest and (damaged := find_damage(folder)):
         raise _damaged(folder, damaged)
     try:
-        progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        progress = _parsed(path)
         found = progress["format"]
-        checksums = progress["checksums"] if found == _WITHOUT_MANIFEST else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        checksums = dict(progress["checksums"]) if found == _WITHOUT_MANIFEST else {}
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"--resume {folder}: {PROGRESS} is damaged ({error}); resume from an older state") from error
     if found not in (STATE_FORMAT, _WITHOUT_MANIFEST):
         raise ConfigError(f"--resume {folder}: written in format {found}, this version reads {STATE_FORMAT}")
     if found == STATE_FORMAT and not has_manifest:
         raise _damaged(folder, MANIFEST)
     for name, checksum in checksums.items():
-        file = path.parent / name
-        if not file.is_file() or _checksum(file) != checksum:
+        file = path.parent / Path(name).name
+        if "\x00" in name or not file.is_file() or _checksum(file) != checksum:
             raise _damaged(folder, name)
     return progress
 
@@ -112,12 +112,12 @@ def newest_state(output_dir: str | os.PathLike[str], output_name: str) -> Path |
 
 def _look_at(folder: Path) -> StateFolder:
     try:
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        progress = _parsed(folder / PROGRESS)
         saved = progress.get("saved")
         if saved is None:
             saved = (folder / PROGRESS).stat().st_mtime
         return StateFolder(folder, int(progress["step"]), str(progress.get("run", "")), float(saved))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ConfigError, ValueError, KeyError, TypeError, AttributeError):
         return StateFolder(folder, math.inf, "", -math.inf)
 
 
@@ -125,12 +125,16 @@ def _has_all_files(folder: Path) -> bool:
     if (folder / MANIFEST).is_file():
         return looks_whole(folder)
     try:
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        progress = _parsed(folder / PROGRESS)
         return progress["format"] == _WITHOUT_MANIFEST and all(
             (folder / name).is_file() for name in progress["checksums"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ConfigError, ValueError, KeyError, TypeError):
         return False
+
+
+def _parsed(path: Path) -> Any:
+    return parse_json(read_text(path, MOST_JSON_BYTES, kind="a run state's light part"), constants=True)
 
 
 def _damaged(folder: str | os.PathLike[str], name: str) -> DamagedState:

@@ -13,6 +13,7 @@ from library.config.errors import ConfigError
 from library.io.atomic import atomic_folder, write_text
 from library.io.header import read_header
 from library.io.manifest import write_manifest
+from library.io.pickles import check_pickle
 from library.io.safetensors import load_tensors, save_tensors
 from library.io.torch_files import save_torch
 from library.training import sharded_states
@@ -119,6 +120,7 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     of the run that saved.
     """
     refuse_other_weights(folder, run.trainable)
+    check_pickle(Path(folder) / OPTIMIZER)
     state = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     configured = group_settings(inner)
