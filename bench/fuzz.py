@@ -66,8 +66,10 @@ def fuzz(name: str, seconds: int, crashes: Path) -> Result:
         raise RuntimeError(f"{name} was not fuzzed:\n{done.stderr[-3000:]}")
     if failed:
         (kept / "log.txt").write_text(done.stdout[-20_000:] + done.stderr[-20_000:], encoding="utf-8")
-    numbers = [int(match[1]) if (match := what.search(done.stderr)) else 0 for what in (_EXECUTED, _NEW, _PEAK)]
-    return Result(name, *numbers, failed)
+    tried, new, peak = (
+        int(match[1]) if (match := what.search(done.stderr)) else 0 for what in (_EXECUTED, _NEW, _PEAK)
+    )
+    return Result(name, tried, new, peak, failed)
 
 
 def main() -> int:

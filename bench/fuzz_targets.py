@@ -5,6 +5,7 @@ else goes on to whoever called: hypothesis in ``tests/fuzz``, or atheris in ``be
 """
 
 import dataclasses
+import functools
 import json
 import pickle
 import random
@@ -67,9 +68,10 @@ def check_message(error: Exception) -> None:
 
 def answer(parse: Callable[[], Any], *documented: type[Exception]) -> Any:
     """What a parser answers; None after an error that it may raise."""
+    expected: tuple[type[Exception], ...] = (ConfigError, *documented)
     try:
         return parse()
-    except (ConfigError, *documented) as error:
+    except expected as error:
         check_message(error)
         return None
 
@@ -140,10 +142,8 @@ def prompts(data: bytes, folder: Path) -> None:
     for ending in ("txt", "toml", "json"):
         path = folder / f"prompts.{ending}"
         path.write_bytes(data)
-        for request in (
-            answer(lambda path=path: read_prompts(str(path), native_resolution=_NATIVE, resolution_step=16, seed=0))
-            or ()
-        ):
+        read = functools.partial(read_prompts, str(path), native_resolution=_NATIVE, resolution_step=16, seed=0)
+        for request in answer(read) or ():
             assert request.prompt and "\x00" not in request.prompt
             request.prompt.encode()
 
@@ -169,7 +169,7 @@ def metadata_files(data: bytes, folder: Path) -> None:
         path = folder / f"metadata.{ending}"
         path.write_bytes(data)
         subset = SubsetConfig(image_dir="x", metadata_file=str(path), enable_wildcard=True)
-        for name, entry in (answer(lambda path=path, subset=subset: read_metadata(str(path), subset)) or {}).items():
+        for name, entry in (answer(functools.partial(read_metadata, str(path), subset)) or {}).items():
             (name + "".join(entry.captions)).encode()
 
 

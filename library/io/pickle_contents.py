@@ -177,6 +177,10 @@ def _pop(machine: _Machine, argument: Any) -> None:
     machine.pop()
 
 
+def _pop_mark(machine: _Machine, argument: Any) -> None:
+    machine.marked()
+
+
 def _object(machine: _Machine, argument: Any) -> None:
     function, *arguments = machine.marked()
     machine.call(function, tuple(arguments))
@@ -225,7 +229,7 @@ def _pairs(machine: _Machine, argument: Any) -> None:
 
 _OTHERS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "POP": _pop,
-    "POP_MARK": lambda machine, argument: machine.marked() and None,
+    "POP_MARK": _pop_mark,
     "DUP": lambda machine, argument: machine.push(machine.top()),
     "TUPLE": lambda machine, argument: machine.push(tuple(machine.marked())),
     "LIST": lambda machine, argument: machine.push(machine.marked()),

@@ -65,9 +65,6 @@ def read_pickle_header(path: str | os.PathLike[str]) -> Header:
     tensors = {name: value.info() for name, value in named_tensors(content, _Tensor).items()}
     if not tensors:
         raise ConfigError(f"{path} holds no named tensors")
-    size = path.stat().st_size
-    if too_large := next((name for name, info in tensors.items() if info.end > size), None):
-        raise ConfigError(f"{path} is damaged: its {name_shown(too_large)} is larger than the file; download it again")
     return Header(path, {}, tensors, -1, "pickle")
 
 
@@ -92,6 +89,11 @@ def load_pickle(header: Header, *, mmap: bool) -> "dict[str, Tensor]":
     """
     import torch
 
+    size = header.path.stat().st_size
+    if too_large := next((name for name, info in header.tensors.items() if info.end > size), None):
+        raise ConfigError(
+            f"{header.path} is damaged: its {name_shown(too_large)} is larger than the file; download it again"
+        )
     try:
         content = torch.load(
             header.path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(header.path)
