@@ -4,7 +4,6 @@ In this order a process can die between any two of them: the state of a step is 
 step is.
 """
 
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -38,8 +37,8 @@ class PlannedSave:
 def saving_hooks(run: Run) -> list[StepHook]:
     """The hooks that ``--save_*`` ask for; the final weights are always written."""
     saves, failed = planned_saves(run), set[int]()
-    hooks = [StepHook(save.due, functools.partial(_write, _weights, save, failed)) for save in saves]
-    hooks += [StepHook(save.due, functools.partial(_write, _state, save, failed)) for save in saves if save.state]
+    hooks = [_written(_weights, save, failed) for save in saves]
+    hooks += [_written(_state, save, failed) for save in saves if save.state]
 
     def rotate(run: Run, done: int) -> None:
         if done not in failed:  # what it would make room for isn't there
@@ -72,19 +71,20 @@ def _state(run: Run, stem: str, done: int) -> None:
         run.trackers.say(f"saved {folder}; resume with --resume {folder}")
 
 
-def _write(write: Callable[[Run, str, int], None], save: PlannedSave, failed: set[int], run: Run, done: int) -> None:
-    """Write, and go on without where that is wanted and there will be another try."""
-    started = time.monotonic()
-    try:
-        write(run, save.name(run, done), done)
-    except SaveFailed as error:
-        if run.config.saving.on_save_error == "stop" or done == run.max_steps:
-            raise
-        failed.add(done)
-        if error.what:
-            log.warning(
-                "step %d: %s. Training goes on (--on_save_error continue); make room before the next save",
-                done,
-                error.what,
-            )
-    run.trackers.pause_clock(time.monotonic() - started)
+def _written(write: Callable[[Run, str, int], None], save: PlannedSave, failed: set[int]) -> StepHook:
+    """Writes, and goes on without where that is wanted and there will be another try."""
+
+    def act(run: Run, done: int) -> None:
+        started = time.monotonic()
+        try:
+            write(run, save.name(run, done), done)
+        except SaveFailed as error:
+            if run.config.saving.on_save_error == "stop" or done == run.max_steps:
+                raise
+            failed.add(done)
+            if error.what:
+                advice = "Training goes on (--on_save_error continue); make room before the next save"
+                log.warning("step %d: %s. %s", done, error.what, advice)
+        run.trackers.pause_clock(time.monotonic() - started)
+
+    return StepHook(save.due, act)
