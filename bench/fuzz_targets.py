@@ -232,7 +232,7 @@ def keys(data: bytes, folder: Path) -> None:
 
 def state(data: bytes, folder: Path) -> None:
     """The light part of a run's state."""
-    from library.training.states import read_progress
+    from library.training.state_files import read_progress
 
     (folder / "state.json").write_bytes(data)
     answer(lambda: read_progress(str(folder)))
