@@ -19,6 +19,7 @@ from library.config.loss import LossConfig
 from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig, network_problems
+from library.config.non_finite import non_finite_problems
 from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
@@ -145,6 +146,7 @@ class RunConfig:
             *self._learning_problems(),
             *self._average_problems(),
             *update_problems(self.optimizer, self.training, self.memory),
+            *non_finite_problems(self.training, self.memory, self.saving),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),

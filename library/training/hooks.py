@@ -47,6 +47,11 @@ def before_end(due: Due) -> Due:
     return lambda run, done: done != run.max_steps and due(run, done)
 
 
+def unless_dropped(due: Due) -> Due:
+    """Due when ``due`` is, unless the step was dropped: then the weights are as they were before it."""
+    return lambda run, done: run.dropped.last != done and due(run, done)
+
+
 def scale_weight_norms(limit: float) -> StepHook:
     """Clamp the norm of every adapter module's update to ``limit``."""
 
@@ -60,12 +65,12 @@ def scale_weight_norms(limit: float) -> StepHook:
             }
         )
 
-    return StepHook(always, act)
+    return StepHook(unless_dropped(always), act)
 
 
 def average(average: WeightAverage, interval: int) -> StepHook:
     """Take the weights into their moving average every ``interval`` optimizer steps."""
-    return StepHook(every(interval, None), lambda run, done: average.update())
+    return StepHook(unless_dropped(every(interval, None)), lambda run, done: average.update())
 
 
 def looks(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
@@ -83,12 +88,12 @@ def log_numbers() -> StepHook:
     def act(run: Run, done: int) -> None:
         numbers = dict(run.step_numbers)
         loss = numbers.pop("loss")
-        run.history.add(loss)
+        if math.isfinite(loss):
+            run.history.add(loss)
         logged = {"loss/current": loss, "loss/average": run.history.smoothed, **numbers}
         if run.epoch_ended(done):
             logged["loss/epoch_average"] = run.history.epoch_average
             run.history.end_epoch()
-        logged = {key: value for key, value in logged.items() if math.isfinite(value)}
         samples = run.plan.step(done - 1)[0].step_samples
         run.trackers.log_step(done, run.epoch_number(done), logged, samples=samples)
 

@@ -1,11 +1,15 @@
 """The loop."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from library.records import Batch
+from library.training.bundle import StepNumbers, write_bundle
 from library.training.gradients import gradient_norm, sum_gradients
-from library.training.non_finite import refuse_non_finite
+from library.training.non_finite import NonFiniteLoss
+from library.training.on_non_finite import FailedStep, is_failed, meet
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
 from library.training.saved_weights import step_name
@@ -39,27 +43,31 @@ def save_for_later(run: Run, done: int) -> None:
 
 
 def optimize(run: Run, step: int) -> None:
-    """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers."""
+    """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers.
+
+    The batches are kept until it is known whether the step's numbers are finite.
+    """
     sums = torch.zeros(5, device=run.device)
-    samples: list[str] = []
+    batches: list[Batch] = []
     mine, step_samples = own_share(run, step)
-    for _ in range(mine):  # accumulation is data, not control flow
-        batch = next(run.batches)
-        share = training_loss(run, batch, step_samples=step_samples)
-        sums += loss_sums(batch, share)
-        samples.extend(batch.keys)
-        if run.fused_backward is not None:
-            run.fused_backward.start(step, share.loss, samples)
-        run.accelerator.backward(share.loss)
-    if run.fused_backward is not None:
-        norm = run.fused_backward.finish()
-    else:
-        parameters = run.parameters
-        sum_gradients(parameters, run.accelerator)
-        norm = gradient_norm(run, parameters)
+    refused = None
+    try:
+        for _ in range(mine):  # accumulation is data, not control flow
+            batch = next(run.batches)
+            batches.append(batch)
+            share = training_loss(run, batch, step_samples=step_samples)
+            sums += loss_sums(batch, share)
+            if run.fused_backward is not None:
+                run.fused_backward.start(step, share.loss, [key for batch in batches for key in batch.keys])
+            run.accelerator.backward(share.loss)
+        norm = finish_gradients(run)
+    except NonFiniteLoss as error:  # of fused backward, which looks at each gradient
+        refused, norm = error, torch.tensor(math.nan)
     asked = run.stopper.exit_code
-    sums = torch.cat([sums, torch.tensor([asked, asked > 0], device=run.device, dtype=sums.dtype)])
-    loss, *of_kinds, codes, asking = run.accelerator.reduce(sums, reduction="sum").tolist()
+    of_process = torch.tensor([asked, asked > 0], device=run.device, dtype=sums.dtype)
+    infinite = (~norm.isfinite()).to(sums).reshape(1)
+    sums = torch.cat([sums, of_process, infinite])
+    loss, *of_kinds, codes, asking, infinite_norms = run.accelerator.reduce(sums, reduction="sum").tolist()
     run.stop_code = asked or (round(codes / asking) if asking else 0)
     rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
     run.step_numbers = {"loss": loss, "gradient_norm": norm.item()}
@@ -67,11 +75,25 @@ def optimize(run: Run, step: int) -> None:
         if count:
             run.step_numbers[name] = total / count
     run.step_numbers.update({f"lr/{name}": rate for name, rate in rates.items()})
-    refuse_non_finite(run, step, samples)
-    if run.fused_backward is None:
-        update_weights(run, step)
+    if is_failed(run, infinite_norms=infinite_norms):
+        meet(run, FailedStep(step, batches, step_samples, refused))
+    else:
+        if step + 1 == run.config.training.replay_bundle_at_step:
+            numbers = StepNumbers(loss, run.step_numbers["gradient_norm"])
+            run.trackers.say(write_bundle(run, "replay", step, batches, numbers, weights_are_of_before=True))
+        if run.fused_backward is None:
+            update_weights(run, step)
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
+
+
+def finish_gradients(run: Run) -> Tensor:
+    """Sum the step's gradients over processes and clip them, unless they are used up already; returns their norm."""
+    if run.fused_backward is not None:
+        return run.fused_backward.finish()
+    parameters = run.parameters
+    sum_gradients(parameters, run.accelerator)
+    return gradient_norm(run, parameters)
 
 
 def update_weights(run: Run, step: int) -> None:

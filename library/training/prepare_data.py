@@ -80,6 +80,7 @@ def prepare_data(
         max_steps = resolve_steps(config, plan)
         check_update_interval(config, max_steps)
         first_step, changes = resume(config, plan, max_steps, progress)
+        check_bundle_step(config.training.replay_bundle_at_step, first_step, max_steps)
         report = None
         if accelerator.is_main_process:
             report = data_report(config, data, plan, family, text, accelerator.num_processes)
@@ -110,6 +111,20 @@ def check_update_interval(config: RunConfig, max_steps: int) -> None:
         raise ConfigError(
             f"--ema_update_interval {interval}: the run has {max_steps} optimizer steps, so the average would never be "
             "updated; lower it"
+        )
+
+
+def check_bundle_step(step: int | None, first_step: int, max_steps: int) -> None:
+    """Refuse a replay bundle of a step that never comes.
+
+    Raises:
+        ConfigError: It is done already, or is beyond the end.
+    """
+    if step is not None and not first_step < step <= max_steps:
+        done = f", {first_step} of which are done" if first_step else ""
+        raise ConfigError(
+            f"--replay_bundle_at_step {step}: the run has {max_steps} optimizer steps{done}, so it never comes to this "
+            "one; choose another step, or remove it"
         )
 
 

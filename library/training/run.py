@@ -16,6 +16,7 @@ from library.records import Batch
 from library.training.ema import WeightAverage
 from library.training.fused_backward import FusedBackward
 from library.training.losses import LossHistory
+from library.training.non_finite import DroppedSteps
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers
 
@@ -54,6 +55,8 @@ class Run:
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
         fused_backward: Steps them during the backward pass, where that is asked for.
+        last_state: The state that the run wrote last or was resumed from; None: there is none yet.
+        dropped: The steps so far whose numbers were not finite.
     """
 
     config: RunConfig
@@ -81,6 +84,8 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    last_state: str | None = None
+    dropped: DroppedSteps = field(default_factory=DroppedSteps)
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 

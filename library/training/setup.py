@@ -23,7 +23,6 @@ from library.data.report_lines import report_lines
 from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
-from library.memory.checkpointing import enable_checkpointing
 from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
@@ -31,15 +30,14 @@ from library.training import hooks
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
-from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
-from library.training.full_model import DENOISER
+from library.training.encoders import LatentPreparation, TextSide, prepare_text
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
-from library.training.optimizers import create_optimizer
-from library.training.precision import Precision, resolve_block_swap, resolve_precision
+from library.training.model_side import component_types, load_model_side
+from library.training.precision import Precision, resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
 from library.training.run import Run, StepHook
@@ -82,7 +80,6 @@ def trained_components(config: RunConfig) -> tuple[str, ...]:
 
 def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     """Everything that a run needs, made in the order that keeps the least in memory."""
-    assert config.optimizer.learning_rate is not None
     job = job_of(config)
     progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
@@ -105,24 +102,10 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     preparation = LatentPreparation(config, family, precision, accelerator)
     prepared = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=preparation.fill)
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
-    components = job.check(config, family)
-    dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
-    trained = {name: dtypes[name] for name in components if name != DENOISER}
+    _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtypes[DENOISER])
-    merge_base_weights(config, family, {DENOISER: denoiser})
-    roots = {DENOISER: denoiser, **text_side.encoders}
-    trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
-    save_memory(config, family, denoiser)
-    created = create_optimizer(
-        config.optimizer.name,
-        config.optimizer.optimizer_args,
-        trainable.parameter_groups(config.optimizer),
-        learning_rate=config.optimizer.learning_rate,
-        device=accelerator.device,
-    )
-    for line in created.notes:
-        log.info(line)
+    model = load_model_side(config, family, job, text_side.encoders, accelerator, precision, seed=seed)
+    created = model.created
     reader = BatchReader(
         samples=data.discovery.samples,
         placements=data.placements,
@@ -155,8 +138,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         accelerator=accelerator,
         plan=plan,
         batches=training_data.loader(config, reader, micro_batches, accelerator),
-        denoiser=denoiser,
-        trainable=trainable,
+        denoiser=model.denoiser,
+        trainable=model.trainable,
         text=text,
         text_encoders=text_side.encoders,
         vae=latent_side.vae,
@@ -186,6 +169,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if config.training.resume and progress:
         restore_state(run, config.training.resume, progress)
+        run.last_state = config.training.resume
         log.info("resumed from %s after step %d", config.training.resume, run.first_step)
     prepare_updates(run)
     taker = sample_taker(config, requests, text_side)
@@ -257,15 +241,6 @@ def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[P
     """The sample pictures; none unless something asks for samples."""
     step = family.latents.format.resolution_step
     return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed)
-
-
-def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> None:
-    """Switch on what trades time for memory."""
-    blocks = list(family.blocks(denoiser))
-    for line in resolve_block_swap(config, len(blocks), accelerator_available=has_accelerator()):
-        log.info(line)
-    if config.memory.gradient_checkpointing:
-        enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
 
 
 def trained_parameters(run: Run) -> dict[str, nn.Parameter]:

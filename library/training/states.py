@@ -15,8 +15,8 @@ from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
 from library.training.ema import WeightAverage
 from library.training.optimizers import load_optimizer_state
+from library.training.refuse_non_finite import refuse_non_finite, state_numbers
 from library.training.run import Run
-from library.training.saved_weights import refuse_non_finite_weights
 
 STATE_FORMAT = 1
 TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
@@ -24,10 +24,11 @@ TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetens
 
 def save_state(run: Run, stem: str, done: int) -> Path | None:
     """Write everything that a resumed run needs into the folder ``<stem>-state``."""
+    refuse_non_finite(run, done, state_numbers(run))
+    target = Path(run.config.saving.output_dir) / f"{stem}-state"
+    run.last_state = str(target)
     if not run.accelerator.is_main_process:
         return None
-    refuse_non_finite_weights(run, done)
-    target = Path(run.config.saving.output_dir) / f"{stem}-state"
     with atomic_folder(target) as folder:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
         save_tensors(tensors, folder / TRAINABLE, {})
@@ -43,10 +44,11 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
             "plan": run.plan.fingerprint(),
             "steps_per_epoch": run.plan.steps_per_epoch,
             "history": run.history.state(),
+            "dropped": run.dropped.as_dict(),
             "settings": run.config.as_dict(),
             "checksums": {name: _checksum(folder / name) for name in files},
         }
-        (folder / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+        (folder / PROGRESS).write_text(json.dumps(progress, indent=1, allow_nan=False), encoding="utf-8")
     return target
 
 
@@ -136,6 +138,7 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.restore(progress["history"])
+    run.dropped.restore(progress.get("dropped", {}))
 
 
 def _restore_average(average: WeightAverage, path: Path) -> None:

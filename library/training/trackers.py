@@ -57,11 +57,12 @@ class Trackers:
         self.log(step, {"epoch": epoch, **numbers})
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log any numbers at an optimizer step."""
+        """Log any numbers at an optimizer step; those that aren't finite are left out: JSON has no word for them."""
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         if self.external:
             self.accelerator.log(dict(numbers), step=step)
         if self.accelerator.is_main_process:
-            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             self.file.flush()
 
     def pause_clock(self, seconds: float) -> None:
