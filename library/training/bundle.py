@@ -129,6 +129,8 @@ def write_bundle(
         "gradient_accumulation_steps": run.config.training.gradient_accumulation_steps,
         "step_samples": micro_batches[0].step_samples,
         "weights_are_of_before": weights_are_of_before,
+        # the order of a sum over more than two can't be had again, nor that of a norm over parts
+        "same_sums": len(parts) <= 2 and not is_sharded(run.parameters),
         "loss_scale": scaler.get_scale() if scaler is not None else None,
         "numbers": numbers.as_dict(),
         "versions": {
@@ -170,7 +172,17 @@ def read_bundle(folder: Path) -> Bundle:
             _require(part, "batches", "device", "threads")
             for batch in part["batches"]:
                 _require(batch, "keys", "visits", "captions", "resolution", "records")
-        _require(facts, "step", "seed", "script", "step_samples", "weights_are_of_before", "loss_scale", "versions")
+        _require(
+            facts,
+            "step",
+            "seed",
+            "script",
+            "step_samples",
+            "weights_are_of_before",
+            "same_sums",
+            "loss_scale",
+            "versions",
+        )
         return Bundle(folder, facts, StepNumbers.of(facts["numbers"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder}: {FACTS} is damaged ({type(error).__name__}: {error})") from error
@@ -231,6 +243,11 @@ def _on_the_first(run: Run, part: Any) -> list[Any]:
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered from all processes where each has a part of it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Whether each process has a part of these only."""
+    return any(hasattr(parameter, "full_tensor") for parameter in parameters)
 
 
 def _device_name(device: torch.device) -> str:

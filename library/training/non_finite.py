@@ -28,9 +28,8 @@ class DroppedSteps:
         rollbacks: How often the run went back to a state.
         last: The step that was dropped last, counted from 1; 0: none was.
         in_a_row: How many steps up to that one were dropped without one between them that was not.
-        to_one_state: How often the run went back to ``state``.
-        state: The state that the run went back to last. A state that is saved later takes its place, so that neither
-            of the two needs to be kept over a restart.
+        to_one_state: How often the run went back to one state. A state that is saved later counts as another once a
+            step was applied before it.
     """
 
     skipped: int = 0
@@ -38,7 +37,6 @@ class DroppedSteps:
     last: int = 0
     in_a_row: int = 0
     to_one_state: int = 0
-    state: str | None = None
 
     def note(self, number: int) -> None:
         """Count step ``number`` (from 1) as dropped."""
@@ -49,14 +47,15 @@ class DroppedSteps:
         """How many steps right before step ``number`` were dropped."""
         return self.in_a_row if self.last and self.last == number - 1 else 0
 
-    def times_to(self, state: str) -> int:
-        """How often the run went back to this state."""
-        return self.to_one_state if state == self.state else 0
+    def times_back_to(self, done: int) -> int:
+        """How often the run went back to the state that was saved after ``done`` steps, or to one with its weights."""
+        return self.to_one_state if self.last >= done else 0
 
-    def note_rollback(self, state: str) -> None:
-        """Count a way back to ``state``."""
-        self.to_one_state, self.state = self.times_to(state) + 1, state
+    def note_rollback(self, number: int, done: int) -> None:
+        """Count step ``number`` as dropped on a way back to the state that was saved after ``done`` steps."""
+        self.to_one_state = self.times_back_to(done) + 1
         self.rollbacks += 1
+        self.note(number)
 
     def as_dict(self) -> dict[str, int]:
         """What a run state keeps."""
@@ -65,6 +64,7 @@ class DroppedSteps:
             "rollbacks": self.rollbacks,
             "last": self.last,
             "in_a_row": self.in_a_row,
+            "to_one_state": self.to_one_state,
         }
 
     def restore(self, state: dict[str, Any]) -> None:

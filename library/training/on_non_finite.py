@@ -12,7 +12,7 @@ from library.config.errors import ConfigError
 from library.config.training import MOST_BUNDLES, MOST_ROLLBACKS, MOST_SKIPPED_IN_A_ROW
 from library.io.safetensors import is_finite
 from library.records import Batch
-from library.training.bundle import StepNumbers, write_bundle
+from library.training.bundle import StepNumbers, is_sharded, write_bundle
 from library.training.non_finite import NonFiniteLoss
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
@@ -79,15 +79,15 @@ def meet(run: Run, failed: FailedStep) -> None:
         told = f" {_bundle(run, failed)}"
     run.optimizer.zero_grad(set_to_none=True)
     _forget_scaling(run)
-    run.dropped.note(number)
     if policy == "skip":
+        run.dropped.note(number)
         run.dropped.skipped += 1
         run.step_numbers["nonfinite/skipped"] = run.dropped.skipped
         run.trackers.say(f"warning: {what}. Its update is skipped (skipped so far: {run.dropped.skipped}).{told}")
         return
-    state = run.last_state
-    assert state is not None
-    done = _roll_back(run, state)
+    assert run.last_state is not None
+    state = str(run.last_state)
+    done = _roll_back(run, state, number)
     run.step_numbers["nonfinite/rollbacks"] = run.dropped.rollbacks
     run.trackers.say(
         f"warning: {what}. Weights and optimizer are back at step {done}, from {state}; the run goes on with the "
@@ -128,8 +128,11 @@ def _bundle(run: Run, failed: FailedStep) -> str:
 def _first_bad_parameter(run: Run, failed: FailedStep) -> str | None:
     """The first parameter whose gradient isn't finite in this process's share of the step, which is done once more.
 
-    Clipping has spread the number over all gradients by now.
+    Clipping has spread the number over all gradients by now. A sharded model's passes take all processes, whose
+    shares may be unequal: it isn't asked.
     """
+    if is_sharded(run.parameters):
+        return None
     run.optimizer.zero_grad(set_to_none=True)
     for batch in failed.batches:
         run.accelerator.backward(training_loss(run, batch, step_samples=failed.step_samples).loss)
@@ -143,21 +146,27 @@ def bad_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[st
 
 def _no_way_back(run: Run) -> str | None:
     """Why the run can't go back to a state, as far as any process can see; None: it can."""
-    state = run.last_state
-    if state is None:
+    if run.last_state is None:
         return "no state has been saved yet"
-    if run.dropped.times_to(state) >= MOST_ROLLBACKS:
-        return f"the run went back to {state} {MOST_ROLLBACKS} times and did not come to the next state"
     own = None
     try:
-        read_progress(state)
+        done = int(read_progress(str(run.last_state))["step"])
     except ConfigError as error:
         own = str(error)
+    else:
+        if run.dropped.times_back_to(done) >= MOST_ROLLBACKS:
+            own = f"the run went back {MOST_ROLLBACKS} times and came to no new state"
     return next((problem for problem in gather_object([own]) if problem is not None), None)
 
 
-def _roll_back(run: Run, state: str) -> int:
-    """Put back what a state holds, but for the schedule, the losses and the counts; returns the step of the state."""
+def _roll_back(run: Run, state: str, number: int) -> int:
+    """Put back what a state holds, but for the schedule, the losses and the counts; returns the step of the state.
+
+    Args:
+        run: The run.
+        state: The folder.
+        number: The step that is dropped, counted from 1.
+    """
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     scheduled = [{name: group[name] for name in _SCHEDULED if name in group} for group in inner.param_groups]
     schedule, history = copy.deepcopy(run.schedule.state_dict()), run.history.state()
@@ -170,8 +179,9 @@ def _roll_back(run: Run, state: str) -> int:
     run.schedule.load_state_dict(schedule)
     run.history.restore(history)
     run.dropped.restore(dropped)
-    run.dropped.note_rollback(state)
-    return int(progress["step"])
+    done = int(progress["step"])
+    run.dropped.note_rollback(number, done)
+    return done
 
 
 def _forget_scaling(run: Run) -> None:

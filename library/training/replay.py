@@ -31,7 +31,6 @@ from library.training.step import training_loss
 
 log = logging.getLogger(__name__)
 
-_TWO_PROCESSES = 2
 _SUMS_TOLERANCE = 1e-5
 
 
@@ -118,12 +117,12 @@ def replay(bundle: Bundle, config: RunConfig) -> Replay:
 
 
 def agrees(bundle: Bundle, now: StepNumbers) -> bool:
-    """Whether the numbers are those that the bundle has: to the bit, but for sums over more than two processes."""
+    """Whether the numbers are those that the bundle has: to the bit, where sums can be made in the same order."""
     then = bundle.numbers
     pairs = [(then.loss, now.loss)]
     if then.gradient_norm is not None and now.gradient_norm is not None:
         pairs.append((then.gradient_norm, now.gradient_norm))
-    if len(bundle.facts["processes"]) > _TWO_PROCESSES:
+    if not bundle.facts["same_sums"]:
         return all(_same(one, other) or abs(one - other) <= _SUMS_TOLERANCE * abs(one) for one, other in pairs)
     return all(_same(one, other) for one, other in pairs)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,7 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
-    last_state: str | None = None
+    last_state: Path | None = None
     dropped: DroppedSteps = field(default_factory=DroppedSteps)
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)

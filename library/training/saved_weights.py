@@ -1,14 +1,16 @@
 """The trained weights as files for use: their names, and which weights are meant to be used."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from library.config.errors import ConfigError
 from library.config.saving import SavingConfig
+from library.training.finite_optimizer import refuse_non_finite_average
 from library.training.optimizers import set_training_mode
-from library.training.refuse_non_finite import refuse_non_finite, weight_numbers
 from library.training.run import Run
 
 RAW = "_raw"
@@ -29,9 +31,10 @@ def epoch_name(config: SavingConfig, epoch: int) -> str:
 
 def save_weights(run: Run, stem: str, done: int) -> list[Path]:
     """Write the trained weights in every format that was asked for; returns the files and folders."""
-    refuse_non_finite(run, done, weight_numbers(run))
     if not run.accelerator.is_main_process:
         return []
+    refuse_non_finite_weights(run, done)
+    refuse_non_finite_average(run, done)
     precision = run.config.saving.save_precision
     dtype = _DTYPES[precision] if precision else None
     with averaged_weights(run):
@@ -40,6 +43,21 @@ def save_weights(run: Run, stem: str, done: int) -> list[Path]:
     if run.config.ema.ema_save_raw:
         written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
     return written
+
+
+def refuse_non_finite_weights(run: Run, done: int) -> None:
+    """Stop before anything is written when a trained weight, or the average of one, is no number.
+
+    Raises:
+        ConfigError: One is, naming it.
+    """
+    average = run.average.tensors() if run.average is not None else {}
+    averaged = ((f"the average of {name}", tensor) for name, tensor in average.items())
+    for name, tensor in itertools.chain(run.trainable.state_dict().items(), averaged):
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(
+                f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"
+            )
 
 
 @contextlib.contextmanager

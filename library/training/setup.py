@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if config.training.resume and progress:
         restore_state(run, config.training.resume, progress)
-        run.last_state = config.training.resume
+        run.last_state = Path(config.training.resume)
         log.info("resumed from %s after step %d", config.training.resume, run.first_step)
     prepare_updates(run)
     taker = sample_taker(config, requests, text_side)

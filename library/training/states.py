@@ -14,9 +14,10 @@ from library.io.atomic import atomic_folder
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_tensors
 from library.training.ema import WeightAverage
+from library.training.finite_optimizer import refuse_non_finite_optimizer
 from library.training.optimizers import load_optimizer_state
-from library.training.refuse_non_finite import refuse_non_finite, state_numbers
 from library.training.run import Run
+from library.training.saved_weights import refuse_non_finite_weights
 
 STATE_FORMAT = 1
 TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
@@ -24,11 +25,12 @@ TRAINABLE, AVERAGE, OPTIMIZER, PROGRESS = "trainable.safetensors", "ema.safetens
 
 def save_state(run: Run, stem: str, done: int) -> Path | None:
     """Write everything that a resumed run needs into the folder ``<stem>-state``."""
-    refuse_non_finite(run, done, state_numbers(run))
     target = Path(run.config.saving.output_dir) / f"{stem}-state"
-    run.last_state = str(target)
     if not run.accelerator.is_main_process:
+        run.last_state = target
         return None
+    refuse_non_finite_weights(run, done)
+    refuse_non_finite_optimizer(run, done)
     with atomic_folder(target) as folder:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in run.trainable.state_dict().items()}
         save_tensors(tensors, folder / TRAINABLE, {})
@@ -49,6 +51,7 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
             "checksums": {name: _checksum(folder / name) for name in files},
         }
         (folder / PROGRESS).write_text(json.dumps(progress, indent=1, allow_nan=False), encoding="utf-8")
+    run.last_state = target
     return target
 
 
