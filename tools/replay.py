@@ -86,7 +86,8 @@ def _replay(folder: Path, options: Sequence[str]) -> int:
     print("\n".join(report(bundle, result)))
     same = agrees(bundle, result.numbers)
     if same:
-        print(f"reproduced: {_shown(result.numbers)}, as recorded")
+        rounding = "" if bundle.facts["same_sums"] else " (up to rounding: several processes made the sums)"
+        print(f"reproduced: {_shown(result.numbers)}, as recorded{rounding}")
         return 0
     print(f"differs: recorded {_shown(bundle.numbers)}, now {_shown(result.numbers)}")
     for line in reasons(bundle):

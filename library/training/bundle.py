@@ -129,8 +129,8 @@ def write_bundle(
         "gradient_accumulation_steps": run.config.training.gradient_accumulation_steps,
         "step_samples": micro_batches[0].step_samples,
         "weights_are_of_before": weights_are_of_before,
-        # the order of a sum over more than two can't be had again, nor that of a norm over parts
-        "same_sums": len(parts) <= 2 and not is_sharded(run.parameters),
+        # sums over processes, and the kernels in them, round in their own ways
+        "same_sums": len(parts) == 1,
         "loss_scale": scaler.get_scale() if scaler is not None else None,
         "numbers": numbers.as_dict(),
         "versions": {

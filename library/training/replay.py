@@ -117,7 +117,7 @@ def replay(bundle: Bundle, config: RunConfig) -> Replay:
 
 
 def agrees(bundle: Bundle, now: StepNumbers) -> bool:
-    """Whether the numbers are those that the bundle has: to the bit, where sums can be made in the same order."""
+    """Whether the numbers are the bundle's: to the bit, or up to rounding where several processes made the sums."""
     then = bundle.numbers
     pairs = [(then.loss, now.loss)]
     if then.gradient_norm is not None and now.gradient_norm is not None:
