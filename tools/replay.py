@@ -86,7 +86,7 @@ def _replay(folder: Path, options: Sequence[str]) -> int:
     print("\n".join(report(bundle, result)))
     same = agrees(bundle, result.numbers)
     if same:
-        rounding = "" if bundle.facts["same_sums"] else " (up to rounding: several processes made the sums)"
+        rounding = "" if bundle.facts["same_sums"] else " (up to rounding: its sums had another order)"
         print(f"reproduced: {_shown(result.numbers)}, as recorded{rounding}")
         return 0
     print(f"differs: recorded {_shown(bundle.numbers)}, now {_shown(result.numbers)}")

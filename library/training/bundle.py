@@ -115,7 +115,12 @@ def write_bundle(
         facts, named = _packed(number, encoded(run, batch))
         described.append(facts)
         tensors |= named
-    part = {"batches": described, "device": _device_name(run.device), "threads": torch.get_num_threads()}
+    part = {
+        "batches": described,
+        "device": _device_name(run.device),
+        "torch_device": str(run.device),
+        "threads": torch.get_num_threads(),
+    }
     parts = _on_the_first(run, (part, tensors))
     weights = {name: _whole(tensor) for name, tensor in run.trainable.state_dict().items()}
     if not run.accelerator.is_main_process:
@@ -129,8 +134,8 @@ def write_bundle(
         "gradient_accumulation_steps": run.config.training.gradient_accumulation_steps,
         "step_samples": micro_batches[0].step_samples,
         "weights_are_of_before": weights_are_of_before,
-        # sums over processes, and the kernels in them, round in their own ways
-        "same_sums": len(parts) == 1,
+        # the order of a sum over more than two can't be had again, nor that of a norm over parts
+        "same_sums": len(parts) <= 2 and not is_sharded(run.parameters),
         "loss_scale": scaler.get_scale() if scaler is not None else None,
         "numbers": numbers.as_dict(),
         "versions": {
@@ -169,7 +174,7 @@ def read_bundle(folder: Path) -> Bundle:
         if found != BUNDLE_FORMAT:
             raise ConfigError(f"{folder}: written in format {found}, this version reads {BUNDLE_FORMAT}")
         for part in facts["processes"]:
-            _require(part, "batches", "device", "threads")
+            _require(part, "batches", "device", "torch_device", "threads")
             for batch in part["batches"]:
                 _require(batch, "keys", "visits", "captions", "resolution", "records")
         _require(

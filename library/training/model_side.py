@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from library.config.run import RunConfig
@@ -50,7 +49,7 @@ def load_model_side(
     family: ModelFamily,
     job: Job,
     encoders: Mapping[str, nn.Module],
-    accelerator: Accelerator,
+    device: torch.device,
     precision: Precision,
     *,
     seed: int,
@@ -62,22 +61,22 @@ def load_model_side(
         family: The model's parts.
         job: What kind of training it is.
         encoders: The text encoders that the step needs, loaded already.
-        accelerator: Device and processes.
+        device: Where the model goes.
         precision: Of the weights.
         seed: Of the run.
     """
     assert config.optimizer.learning_rate is not None
     dtype, _ = component_types(config, family, job, precision)
-    denoiser = family.load_denoiser(device=accelerator.device, dtype=dtype)
+    denoiser = family.load_denoiser(device=device, dtype=dtype)
     merge_base_weights(config, family, {DENOISER: denoiser})
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
-    save_memory(config, family, denoiser, accelerator_available=accelerator.device.type == "cuda")
+    save_memory(config, family, denoiser, accelerator_available=device.type == "cuda")
     created = create_optimizer(
         config.optimizer.name,
         config.optimizer.optimizer_args,
         trainable.parameter_groups(config.optimizer),
         learning_rate=config.optimizer.learning_rate,
-        device=accelerator.device,
+        device=device,
     )
     for line in created.notes:
         log.info(line)

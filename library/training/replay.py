@@ -42,6 +42,7 @@ class ReplayedRun:
     seed: int
     family: ModelFamily
     accelerator: Accelerator
+    device: torch.device
     denoiser: nn.Module
     trainable: Any
     text: TextEncodingStrategy
@@ -49,11 +50,6 @@ class ReplayedRun:
     trains_text_encoders: bool
     parameters: list[nn.Parameter]
     vae: nn.Module | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the step runs."""
-        return self.accelerator.device
 
 
 @dataclass
@@ -117,7 +113,7 @@ def replay(bundle: Bundle, config: RunConfig) -> Replay:
 
 
 def agrees(bundle: Bundle, now: StepNumbers) -> bool:
-    """Whether the numbers are the bundle's: to the bit, or up to rounding where several processes made the sums."""
+    """Whether the numbers are the bundle's: to the bit, or up to rounding where its sums had another order."""
     then = bundle.numbers
     pairs = [(then.loss, now.loss)]
     if then.gradient_norm is not None and now.gradient_norm is not None:
@@ -138,8 +134,9 @@ def _load(bundle: Bundle, config: RunConfig) -> ReplayedRun:
     precision = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = start_accelerator(config, precision)
     _, trained = component_types(config, family, job, precision)
-    encoders = load_encoders(config, family, precision, accelerator, trained) if bundle.has_tokens else {}
-    model = load_model_side(config, family, job, encoders, accelerator, precision, seed=seed)
+    device = _device(bundle, accelerator)
+    encoders = load_encoders(config, family, precision, device, trained) if bundle.has_tokens else {}
+    model = load_model_side(config, family, job, encoders, device, precision, seed=seed)
     header, own = read_header(bundle.weights), model.trainable.state_dict()
     differing = [name for name in sorted({*header.tensors, *own}) if header.shapes.get(name) != _shape(own.get(name))]
     if differing:
@@ -159,6 +156,7 @@ def _load(bundle: Bundle, config: RunConfig) -> ReplayedRun:
         seed,
         family,
         accelerator,
+        device,
         model.denoiser,
         model.trainable,
         family.text_strategy(),
@@ -166,6 +164,16 @@ def _load(bundle: Bundle, config: RunConfig) -> ReplayedRun:
         bundle.has_tokens,
         parameters,
     )
+
+
+def _device(bundle: Bundle, accelerator: Accelerator) -> torch.device:
+    """Where the step runs: on a CPU, under the name that it had there.
+
+    One process calls it ``cpu`` and works on weights where the file has them in memory; several call it ``cpu:0``, to
+    which torch copies them. Where a number begins in memory decides how kernels add.
+    """
+    then = torch.device(bundle.facts["processes"][0]["torch_device"])
+    return then if then.type == accelerator.device.type == "cpu" else accelerator.device
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

@@ -105,7 +105,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
     _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    model = load_model_side(config, family, job, text_side.encoders, accelerator, precision, seed=seed)
+    model = load_model_side(config, family, job, text_side.encoders, accelerator.device, precision, seed=seed)
     created = model.created
     reader = BatchReader(
         samples=data.discovery.samples,
