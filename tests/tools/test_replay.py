@@ -110,10 +110,15 @@ def test_all_that_goes_into_a_step_is_in_the_bundle(trainer, replay, options, da
     assert code == 0 and "reproduced: loss " in printed, printed
 
 
-def test_a_poisoned_entry_of_the_cache_is_named(job, replay):
-    on_disk = {"cache_latents": None, "cache_latents_to_disk": True, "max_train_steps": 2}
-    assert job("first", **on_disk, cache_dir=job.trainer.folder / "cache") == 0
-    (shard,) = (job.trainer.folder / "cache" / "latents").glob("*.safetensors")
+def test_a_poisoned_entry_of_the_cache_is_named(trainer, replay):
+    on_disk = {
+        "cache_text_encoder_outputs": True,
+        "network_train_unet_only": True,
+        "cache_latents_to_disk": True,
+        "max_train_steps": 2,
+    }
+    assert trainer("first", **on_disk, cache_dir=trainer.folder / "cache") == 0
+    (shard,) = (trainer.folder / "cache" / "latents").glob("*.safetensors")
     from library.io.header import read_header
 
     header = read_header(shard)
@@ -121,8 +126,8 @@ def test_a_poisoned_entry_of_the_cache_is_named(job, replay):
     with open(shard, "r+b") as file:
         file.seek(header.data_start + place.begin)
         file.write(torch.tensor(torch.nan).numpy().tobytes())
-    assert job("out", **on_disk, cache_dir=job.trainer.folder / "cache") == 2
-    (bundle,) = (job.trainer.folder / "out").glob("run-nonfinite-*")
+    assert trainer("out", **on_disk, cache_dir=trainer.folder / "cache") == 2
+    (bundle,) = (trainer.folder / "out").glob("run-nonfinite-*")
     code, printed = replay(bundle)
     assert code == 0, printed
     assert "parts of the batches that are not finite: latents of 0/0/" in printed
@@ -202,24 +207,21 @@ def test_options_that_are_given_anew_win(trainer, bundle, replay):
     assert code == 2 and "unknown option --pretrained_modell" in printed
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda folder: (folder / "bundle.json").unlink(), "not a replay bundle, it has no bundle.json"),
-        (lambda folder: (folder / "bundle.json").write_text("{"), "bundle.json is damaged"),
-        (lambda folder: (folder / "bundle.json").write_text('{"format": 1}'), "bundle.json is damaged (KeyError"),
-        (
-            lambda folder: (folder / "bundle.json").write_text('{"format": 9}'),
-            "written in format 9, this version reads",
-        ),
-        (lambda folder: (folder / "settings.toml").unlink(), "settings.toml: no such file"),
-        (lambda folder: (folder / "process0.safetensors").write_bytes(b"x"), "process0.safetensors"),
-    ],
-)
-def test_what_is_no_bundle_is_one_line(bundle, replay, change, problem):
-    change(bundle)
-    code, printed = replay(bundle)
-    assert code == 2 and problem in printed and "Traceback" not in printed
+def test_what_is_no_bundle_is_one_line(bundle, replay):
+    changes = {
+        "not a replay bundle, it has no bundle.json": lambda folder: (folder / "bundle.json").unlink(),
+        "bundle.json is damaged": lambda folder: (folder / "bundle.json").write_text("{"),
+        "bundle.json is damaged (KeyError": lambda folder: (folder / "bundle.json").write_text('{"format": 1}'),
+        "written in format 9, this version": lambda folder: (folder / "bundle.json").write_text('{"format": 9}'),
+        "settings.toml: no such file": lambda folder: (folder / "settings.toml").unlink(),
+        "process0.safetensors": lambda folder: (folder / "process0.safetensors").write_bytes(b"x"),
+    }
+    for number, (problem, change) in enumerate(changes.items()):
+        folder = bundle.with_name(f"changed-{number}")
+        shutil.copytree(bundle, folder)
+        change(folder)
+        code, printed = replay(folder)
+        assert code == 2 and problem in printed and "Traceback" not in printed
 
 
 def test_secrets_stay_out(trainer):

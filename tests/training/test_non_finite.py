@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from library.config.errors import ConfigError
-from library.training import loop, step
+from library.training import loop, step, validation
 from library.training.non_finite import DroppedSteps
+from library.training.optimizers import set_training_mode
+from library.training.saved_weights import save_weights
+from library.training.states import save_state
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 RAW_TOO = ("run", "run_raw")
@@ -210,7 +214,7 @@ def test_going_back_keeps_the_schedule_where_it_stands(lora, poison):
     assert resumes_alike(lora, "whole", 2, **options, on_nonfinite="rollback")
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW8bit", "AdamWScheduleFree", "Prodigy", "CAME8bit"])
+@pytest.mark.parametrize("optimizer", ["AdamWScheduleFree", "Prodigy", "CAME8bit"])
 def test_every_optimizer_goes_back_in_the_middle_of_a_run(lora, poison, optimizer):
     options = {"optimizer_type": optimizer, "on_nonfinite": "rollback", "max_train_steps": 5}
     if optimizer == "CAME8bit":
@@ -373,3 +377,49 @@ def test_a_loss_that_is_no_number_is_dropped_with_a_scaler_too(lora, poison):
 
     options = {"max_train_steps": 10, "on_nonfinite": "skip"}
     assert lora.trainer.with_run("out", act, **CACHED, network_train_unet_only=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moment", "value"), [("AdamW", "exp_avg_sq", math.inf), ("AdamWScheduleFree", "z", math.nan)]
+)
+def test_a_moment_that_is_no_number_reaches_no_file(lora, optimizer, moment, value):
+    def act(run):
+        set_training_mode(run.optimizer, True)
+        loop.optimize(run, 0)
+        parameter = run.parameters[3]
+        (name,) = [name for name, other in run.trainable.named_parameters() if other is parameter]
+        run.optimizer.optimizer.state[parameter][moment].view(-1)[0] = value
+        said = f"after step 1 {moment} of {name} in the optimizer's state has numbers that are not finite"
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            save_state(run, "run", 1)
+        if optimizer == "AdamW":
+            assert save_weights(run, "run", 1)  # the weights are fine
+        else:
+            with pytest.raises(ConfigError, match=re.escape(said)):
+                save_weights(run, "run", 1)  # what is saved is made of it
+        return True
+
+    assert lora.trainer.with_run("out", act, **CACHED, network_train_unet_only=True, optimizer_type=optimizer)
+    assert not list((lora.trainer.folder / "out").glob("*-state"))
+
+
+def test_numbers_that_the_saved_type_lacks_are_one_line(lora):
+    def act(run):
+        with torch.no_grad():
+            run.parameters[0].view(-1)[0] = 1e6
+        with pytest.raises(
+            ConfigError, match="the adapter can't be saved: .* not finite.*; use another --save_precision"
+        ):
+            save_weights(run, "run", 1)
+        return True
+
+    assert lora.trainer.with_run("out", act, **CACHED, network_train_unet_only=True, save_precision="fp16")
+    assert not list((lora.trainer.folder / "out").glob("*.safetensors"))
+
+
+def test_a_validation_loss_that_is_no_number_is_left_out_of_the_log(lora, monkeypatch):
+    validation_loss = step.validation_loss
+    monkeypatch.setattr(validation, "validation_loss", lambda *given: validation_loss(*given) * math.nan)
+    assert lora("out", validation_split=0.5, validate_every_n_steps=1, max_train_steps=2) == 0
+    log = lines(lora, "out")
+    assert sorted(log) == [1, 2] and not [name for name in log[2] if name.startswith("loss/validation")]
