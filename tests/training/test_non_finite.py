@@ -408,7 +408,7 @@ def test_numbers_that_the_saved_type_lacks_are_one_line(lora):
         with torch.no_grad():
             run.parameters[0].view(-1)[0] = 1e6
         with pytest.raises(
-            ConfigError, match="the adapter can't be saved: .* not finite.*; use another --save_precision"
+            ConfigError, match=r"the adapter can't be saved: .* not finite.*; use another --save_precision"
         ):
             save_weights(run, "run", 1)
         return True
