@@ -20,6 +20,7 @@ from library.config.memory import MemoryConfig
 from library.config.messages import holds_secret
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig, network_problems
+from library.config.non_finite import non_finite_problems
 from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
@@ -147,6 +148,7 @@ class RunConfig:
             *self._learning_problems(),
             *self._average_problems(),
             *update_problems(self.optimizer, self.training, self.memory),
+            *non_finite_problems(self.training, self.memory, self.saving),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),

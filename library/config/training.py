@@ -15,6 +15,15 @@ def parse_resume(value: Any) -> str:
     return AUTO if value == "latest" else str(value)
 
 
+NON_FINITE_POLICIES = ("stop", "skip", "rollback")
+MOST_SKIPPED_IN_A_ROW = 10
+"""So many steps in a row may be skipped; one more and the run stops."""
+MOST_ROLLBACKS = 3
+"""So often a run may go back to one state; then it must have come to the next."""
+MOST_BUNDLES = 3
+"""So many dropped steps of a run get a replay bundle."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training."""
@@ -84,6 +93,22 @@ class TrainingConfig:
         None,
         "End the run after the step in which so many seconds are over, with a state to resume from, and exit with 124. "
         "They count from when the run begins to load; leave time to write the state. By default no limit.",
+        minimum=1,
+    )
+    on_nonfinite: str = option(
+        "stop",
+        "What happens when a step's loss or gradient is no finite number. stop: the run ends with exit code 2, and "
+        "nothing of the step is applied or saved. skip: the step's update is dropped and the run goes on; more than "
+        f"{MOST_SKIPPED_IN_A_ROW} in a row stop it. rollback: weights, optimizer and average go back to the state that "
+        "was saved last, and the run goes on with the pictures after the step; more than "
+        f"{MOST_ROLLBACKS} times to one state stop it. Each writes a bundle for tools/replay.py, for the first "
+        f"{MOST_BUNDLES} dropped steps.",
+        choices=NON_FINITE_POLICIES,
+    )
+    replay_bundle_at_step: int | None = option(
+        None,
+        "Write a bundle for tools/replay.py at this optimizer step and go on: to do the step again on another machine "
+        "and compare. By default none.",
         minimum=1,
     )
     ddp_timeout: int | None = option(

@@ -31,3 +31,8 @@ def at_end(run: Run, done: int) -> bool:
 def before_end(due: Due) -> Due:
     """Due when ``due`` is, the last step apart, which the final save covers."""
     return lambda run, done: done != run.max_steps and due(run, done)
+
+
+def unless_dropped(due: Due) -> Due:
+    """Due when ``due`` is, unless the step was dropped: then the weights are as they were before it."""
+    return lambda run, done: run.dropped.last != done and due(run, done)

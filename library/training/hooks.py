@@ -13,7 +13,7 @@ from library.sampling.drawing import draw
 from library.sampling.pictures import encode_prompts, generate
 from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptRequest, PromptText
-from library.training.due import always, every
+from library.training.due import always, every, unless_dropped
 from library.training.ema import WeightAverage
 from library.training.run import Run, StepHook
 from library.training.save_errors import could_not_write
@@ -37,12 +37,12 @@ def scale_weight_norms(limit: float) -> StepHook:
             }
         )
 
-    return StepHook(always, act)
+    return StepHook(unless_dropped(always), act)
 
 
 def average(average: WeightAverage, interval: int) -> StepHook:
     """Take the weights into their moving average every ``interval`` optimizer steps."""
-    return StepHook(every(interval, None), lambda run, done: average.update())
+    return StepHook(unless_dropped(every(interval, None)), lambda run, done: average.update())
 
 
 def looks(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
@@ -63,12 +63,12 @@ def log_numbers() -> StepHook:
     def act(run: Run, done: int) -> None:
         numbers = dict(run.step_numbers)
         loss = numbers.pop("loss")
-        run.history.add(loss)
+        if math.isfinite(loss):
+            run.history.add(loss)
         logged = {"loss/current": loss, "loss/average": run.history.smoothed, **numbers}
         if run.epoch_ended(done):
             logged["loss/epoch_average"] = run.history.epoch_average
             run.history.end_epoch()
-        logged = {key: value for key, value in logged.items() if math.isfinite(value)}
         samples = run.plan.step(done - 1)[0].step_samples
         run.trackers.log_step(done, run.epoch_number(done), logged, samples=samples)
 

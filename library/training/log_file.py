@@ -30,7 +30,7 @@ class LogFile:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Write one line, with what waits from before; when it can't be written, it waits too."""
-        self._waiting += json.dumps(dict(entry)).encode() + b"\n"
+        self._waiting += json.dumps(dict(entry), allow_nan=False).encode() + b"\n"
         try:
             self._write()
         except OSError as error:

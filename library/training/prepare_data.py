@@ -93,6 +93,8 @@ def prepare_data(
         per_step = accelerator.num_processes * config.training.gradient_accumulation_steps
         summary = summarize_data(config.datasets, data, plan, micro_batches_per_step=per_step)
         changes = resume(config, family, plan, max_steps, resumed, weights=weights, summary=summary)
+        first_step = resumed.step if resumed is not None else 0
+        check_bundle_step(config.training.replay_bundle_at_step, first_step, max_steps)
         report = None
         if accelerator.is_main_process:
             report = data_report(config, data, plan, family, text, accelerator.num_processes)
@@ -130,6 +132,20 @@ def check_update_interval(config: RunConfig, max_steps: int) -> None:
         raise ConfigError(
             f"--ema_update_interval {interval}: the run has {max_steps} optimizer steps, so the average would never be "
             "updated; lower it"
+        )
+
+
+def check_bundle_step(step: int | None, first_step: int, max_steps: int) -> None:
+    """Refuse a replay bundle of a step that never comes.
+
+    Raises:
+        ConfigError: It is done already, or is beyond the end.
+    """
+    if step is not None and not first_step < step <= max_steps:
+        done = f", {first_step} of which are done" if first_step else ""
+        raise ConfigError(
+            f"--replay_bundle_at_step {step}: the run has {max_steps} optimizer steps{done}, so it never comes to this "
+            "one; choose another step, or remove it"
         )
 
 

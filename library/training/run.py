@@ -17,6 +17,7 @@ from library.records import Batch
 from library.training.ema import WeightAverage
 from library.training.fused_backward import FusedBackward
 from library.training.losses import LossHistory
+from library.training.non_finite import DroppedSteps
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers
 
@@ -59,6 +60,7 @@ class Run:
         fused_backward: Steps them during the backward pass, where that is asked for.
         sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
             pass, and in whatever reads whole weights.
+        dropped: The steps so far whose numbers were not finite.
     """
 
     config: RunConfig
@@ -89,6 +91,7 @@ class Run:
     sharded: bool = False
     origin: Mapping[str, Any] = field(default_factory=dict)
     last_state: Path | None = None
+    dropped: DroppedSteps = field(default_factory=DroppedSteps)
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 

@@ -57,7 +57,7 @@ def saving_together(run: Run, needed: Callable[[], int]) -> Iterator[None]:
     if worst == _NOT_WRITTEN:
         raise SaveFailed
     if worst == _REFUSED:
-        raise ConfigError
+        raise ConfigError("")
 
 
 def could_not_write(error: OSError, otherwise: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from library.config.errors import ConfigError
 from library.config.saving import SavingConfig
+from library.training.finite_optimizer import refuse_non_finite_average
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
 from library.training.save_errors import saving_together
@@ -47,6 +48,7 @@ def save_weights(run: Run, stem: str, done: int) -> list[Path]:
     with saving_together(run, lambda: _size(run, dtype)):
         if takes_part:
             refuse_non_finite_weights(run, done)
+            refuse_non_finite_average(run, done)
             with averaged_weights(run):
                 facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
                 written += run.job.save(run, stem, done, dtype, facts)

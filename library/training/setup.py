@@ -23,7 +23,6 @@ from library.data.report_lines import report_lines
 from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
-from library.memory.checkpointing import enable_checkpointing
 from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
@@ -31,8 +30,7 @@ from library.training import hooks
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
-from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
-from library.training.full_model import DENOISER
+from library.training.encoders import LatentPreparation, TextSide, prepare_text
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
 from library.training.launch import check_started
@@ -40,8 +38,8 @@ from library.training.leftovers import clear_leftovers
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
-from library.training.optimizers import create_optimizer
-from library.training.precision import Precision, resolve_block_swap, resolve_precision
+from library.training.model_side import component_types, load_model_side
+from library.training.precision import Precision, resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
 from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
@@ -49,7 +47,7 @@ from library.training.run import Run, StepHook
 from library.training.save_errors import starting_files
 from library.training.saving_hooks import saving_hooks
 from library.training.schedules import create_schedule
-from library.training.sharding import offloads, shard, uncached_autocast
+from library.training.sharding import uncached_autocast
 from library.training.sharding_settings import ShardingSettings, asked_sharding, forget_plugins
 from library.training.states import restore_state
 from library.training.step import encoded
@@ -87,7 +85,6 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         ConfigError: Something can't work.
         RunIsComplete: ``--resume auto``, and no step is left to do.
     """
-    assert config.optimizer.learning_rate is not None
     job = job_of(config)
     family: ModelFamily = create_family(config.family_name, config)
     check_run(config, family, accelerator_available=has_accelerator())
@@ -118,27 +115,12 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     preparation = LatentPreparation(config, family, precision, accelerator)
     prepared = prepare_data(config, family, text, resumed, accelerator, seed=seed, fill=preparation.fill)
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
-    components = job.check(config, family)
-    dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
-    trained = {name: dtypes[name] for name in components if name != DENOISER}
+    _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    home = accelerator.device if sharding is None else torch.device("cpu")  # the whole need not fit on the device
-    denoiser = family.load_denoiser(device=home, dtype=dtypes[DENOISER])
-    merge_base_weights(config, family, {DENOISER: denoiser})
-    roots = {DENOISER: denoiser, **text_side.encoders}
-    trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
-    save_memory(config, family, denoiser)
-    if sharding is not None:
-        shard(family, trainable, sharding, accelerator.device)
-    created = create_optimizer(
-        config.optimizer.name,
-        config.optimizer.optimizer_args,
-        trainable.parameter_groups(config.optimizer),
-        learning_rate=config.optimizer.learning_rate,
-        device=accelerator.device if sharding is None or not offloads(sharding, accelerator.device) else home,
+    model = load_model_side(
+        config, family, job, text_side.encoders, accelerator.device, precision, seed=seed, sharding=sharding
     )
-    for line in created.notes:
-        log.info(line)
+    created = model.created
     reader = BatchReader(
         samples=data.discovery.samples,
         placements=data.placements,
@@ -174,8 +156,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         accelerator=accelerator,
         plan=plan,
         batches=training_data.loader(config, reader, micro_batches, accelerator),
-        denoiser=denoiser,
-        trainable=trainable,
+        denoiser=model.denoiser,
+        trainable=model.trainable,
         text=text,
         text_encoders=text_side.encoders,
         vae=latent_side.vae,
@@ -277,15 +259,6 @@ def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[P
     """The sample pictures; none unless something asks for samples."""
     step = family.latents.format.resolution_step
     return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed)
-
-
-def save_memory(config: RunConfig, family: ModelFamily, denoiser: nn.Module) -> None:
-    """Switch on what trades time for memory."""
-    blocks = list(family.blocks(denoiser))
-    for line in resolve_block_swap(config, len(blocks), accelerator_available=has_accelerator()):
-        log.info(line)
-    if config.memory.gradient_checkpointing:
-        enable_checkpointing(blocks, config.memory.gradient_checkpointing_interval)
 
 
 def trained_parameters(run: Run) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from library.io.safetensors import load_tensors, save_tensors
 from library.io.torch_files import save_torch
 from library.training import sharded_states
 from library.training.configured import changed_arguments, group_settings, take_settings
+from library.training.finite_optimizer import refuse_non_finite_optimizer
 from library.training.optimizers import load_optimizer_state
 from library.training.run import Run
 from library.training.save_errors import saving_together
@@ -42,12 +43,13 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
     with saving_together(run, lambda: _size(run)):
         if main or run.sharded:
             refuse_non_finite_weights(run, done)
+            refuse_non_finite_optimizer(run, done)
         parts = sharded_states.write(run, target) if run.sharded else None
         if main:
             run.trackers.sync()
             with atomic_folder(target) as folder:
                 _write_tensors(run, folder, parts)
-                write_text(folder / PROGRESS, json.dumps(_progress(run, done), indent=1))
+                write_text(folder / PROGRESS, json.dumps(_progress(run, done), indent=1, allow_nan=False))
                 write_manifest(folder)
     run.last_state = target
     return target if main else None
@@ -80,6 +82,7 @@ def _progress(run: Run, done: int) -> dict[str, Any]:
         "plan": run.plan.fingerprint(),
         **run.origin,
         "history": run.history.state(),
+        "dropped": run.dropped.as_dict(),
         "settings": run.config.as_dict(),
     }
 
@@ -145,6 +148,7 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.restore(progress["history"])
+    run.dropped.restore(progress.get("dropped", {}))
 
 
 def refuse_other_weights(folder: str, trainable: nn.Module) -> None:

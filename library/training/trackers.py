@@ -60,7 +60,8 @@ class Trackers:
         self.log(step, {"epoch": epoch, **numbers})
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log any numbers at an optimizer step."""
+        """Log any numbers at an optimizer step; those that aren't finite are left out: JSON has no word for them."""
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         if self.external:
             self.accelerator.log(dict(numbers), step=step)
         if self._file is not None:
