@@ -8,6 +8,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
 
 from library.training.due import Due, at_end, before_end, every
 from library.training.rotation import remove_old
@@ -45,6 +48,26 @@ def saving_hooks(run: Run) -> list[StepHook]:
             remove_old(run, done)
 
     return [*hooks, StepHook(lambda run, done: any(save.due(run, done) for save in saves), rotate)]
+
+
+def finish_step(run: Run, folder: str) -> None:
+    """Do what the process that saved a state may have died before: other states of the same step, and the rotation.
+
+    Args:
+        run: It goes on from the state.
+        folder: The state. In another folder than this run's it is left alone.
+    """
+    output, done = Path(run.config.saving.output_dir), run.first_step
+    if Path(folder).resolve().parent != output.resolve():
+        return
+    due = [save for save in planned_saves(run) if save.due(run, done)]
+    lacking = [name for save in due if save.state and not (output / f"{(name := save.name(run, done))}-state").exists()]
+    if run.accelerator.num_processes > 1:  # one looks, before any writes
+        (lacking,) = broadcast_object_list([lacking])
+    for name in lacking:
+        _state(run, name, done)
+    if due:
+        remove_old(run, done)
 
 
 def planned_saves(run: Run) -> list[PlannedSave]:

@@ -45,7 +45,7 @@ from library.training.report import run_facts, run_lines
 from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
 from library.training.run import Run, StepHook
 from library.training.save_errors import starting_files
-from library.training.saving_hooks import saving_hooks
+from library.training.saving_hooks import finish_step, saving_hooks
 from library.training.schedules import create_schedule
 from library.training.sharding import uncached_autocast
 from library.training.sharding_settings import ShardingSettings, asked_sharding, forget_plugins
@@ -194,6 +194,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     prepare_updates(run)
     taker = sample_taker(config, requests, text_side)
     run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
+    if resumed is not None:
+        finish_step(run, resumed.folder)
     lines = run_lines(run)
     for line in lines:
         log.info(line)
