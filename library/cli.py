@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.config.caching import UNSUPPORTED as UNSUPPORTED_CACHING
-from library.config.command_line import CommandLine, help_text, read_command_line
+from library.config.command_line import CommandLine, help_text, read_command_line, without_typed_secrets
 from library.config.data import UNSUPPORTED as UNSUPPORTED_DATA
 from library.config.dataset import DatasetConfig, read_datasets
 from library.config.errors import ConfigError
 from library.config.logging import LoggingConfig
+from library.config.messages import printable
 from library.config.resolved import resolved_toml
 from library.config.run import RunConfig, make_run_config, training_groups
 from library.config.unsupported import refusals
@@ -95,18 +96,23 @@ def _run(script: Script, arguments: Sequence[str]) -> int:
     if problems:
         print_errors(problems)
         return WRONG_USAGE
+
+    from library.training.launch import check_launch
+
+    check_launch(sys.argv, os.environ)
     if command_line.invocation.dry_run:
         from library.dry_run import report
 
         print(resolved_toml(config))
-        print("\n".join(report(config)))
+        print("\n".join(printable(line, longest=10_000) for line in report(config)))
 
-        from library.training.setup import trained_components
+        from library.training.rehearsal import rehearsal
 
-        print(f"trained: {', '.join(trained_components(config))}")
+        print("\n".join(rehearsal(config)))
         print("nothing was loaded or written (--dry_run)")
         return 0
     configure_logging(config.logging)
+    sys.argv[1:] = without_typed_secrets(script.groups, sys.argv[1:])  # trackers write down how a run was started
 
     from library.training.setup import run_training
 
@@ -169,7 +175,7 @@ def configure_logging(config: LoggingConfig) -> None:
         except OSError as error:
             raise ConfigError(f"--console_log_file {config.console_log_file}: {error.strerror}") from None
     full = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    handler.setFormatter(logging.Formatter("%(message)s" if config.console_log_simple else full, "%H:%M:%S"))
+    handler.setFormatter(_SafeFormatter("%(message)s" if config.console_log_simple else full, "%H:%M:%S"))
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -179,11 +185,18 @@ def configure_logging(config: LoggingConfig) -> None:
     )
 
 
+class _SafeFormatter(logging.Formatter):
+    """Messages quote names and errors of others: they steer no terminal and hold no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), longest=10_000)
+
+
 def print_errors(problems: Iterable[str]) -> None:
     """This prints one ``error: ...`` line per problem, once per machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {printable(problem)}", file=sys.stderr)
 
 
 def _print_late_errors(problems: Iterable[str]) -> None:

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.config.documents import parse_json
 from library.config.errors import ConfigError
+from library.config.messages import name_shown, shown
 from library.records import AdapterTargets, FusedLinear
 from networks.loha import LohaWeights
 from networks.lokr import LokrWeights
@@ -35,6 +37,12 @@ KOHYA, DIFFUSERS = "kohya", "diffusers"
 PEFT_METADATA = "lora_adapter_metadata"
 
 LYCORIS_PREFIX = "lycoris"
+
+_MOST_VALUES = 1_000_000
+_MOST_REPEATS = 3
+_LONGEST_PATTERN = 300
+_REPEATED_GROUP = re.compile(r"\)[*+?{]|[*+?}][*+{]|\(\?|\\\d")
+"""What lets a pattern take time that grows exponentially with the text."""
 
 _LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -232,7 +240,9 @@ def _from_diffusers(
     if unknown := sorted(set(given) - {part for place in places for part in place.parts}):
         raise ConfigError(f"{source}: {len(unknown)} layers are not this model's: {_some(unknown)}")
     try:
-        config = json.loads(metadata.get(PEFT_METADATA) or "{}")
+        config = parse_json(metadata.get(PEFT_METADATA) or "{}", most_values=_MOST_VALUES)
+        if not isinstance(config, dict):
+            raise ValueError("it is no table")
     except ValueError as error:
         raise ConfigError(f"{source}: its metadata entry {PEFT_METADATA} is damaged ({error})") from error
     layers = {name: _weights(name, parts, config, source) for name, parts in given.items()}
@@ -291,9 +301,9 @@ def _weights(name: str, parts: Mapping[str, Tensor], peft_config: Mapping[str, A
         )
     rank = down.shape[0]
     if "alpha" in parts:
-        alpha = float(parts["alpha"])
+        alpha = _number(name, parts["alpha"], source)
     else:
-        alpha = _peft_alpha(name, rank, peft_config) if peft_config else float(rank)
+        alpha = _peft_alpha(name, rank, peft_config, source) if peft_config else float(rank)
     _check_finite(name, (down, up, torch.tensor(alpha)), source)
     return LoraWeights(down, up, alpha)
 
@@ -322,7 +332,7 @@ def _lokr_weights(name: str, parts: Mapping[str, Tensor], source: str) -> LokrWe
         factors.append(given)
     weights = LokrWeights(factors[0], factors[1], 1.0)
     if len(weights.w1) == 2 or len(weights.w2) == 2:
-        weights = weights._replace(alpha=float(parts.get("alpha", weights.rank)))
+        weights = weights._replace(alpha=_alpha(name, parts, weights.rank, source))
     _check_finite(name, (*weights.tensors().values(), torch.tensor(weights.alpha)), source)
     return weights
 
@@ -333,7 +343,7 @@ def _loha_weights(name: str, parts: Mapping[str, Tensor], source: str) -> LohaWe
     if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         raise ConfigError(f"{source}: {name} has two products of different sizes; the file is damaged")
     (w1_a, w1_b), (w2_a, w2_b) = first, second
-    weights = LohaWeights(w1_a, w1_b, w2_a, w2_b, float(parts.get("alpha", w1_b.shape[0])))
+    weights = LohaWeights(w1_a, w1_b, w2_a, w2_b, _alpha(name, parts, w1_b.shape[0], source))
     _check_finite(name, (*first, *second, torch.tensor(weights.alpha)), source)
     return weights
 
@@ -364,13 +374,41 @@ def _is_kohya_factor(key: str, not_ours: Container[str]) -> bool:
     return match is not None and match["name"] not in not_ours
 
 
-def _peft_alpha(name: str, rank: int, config: Mapping[str, Any]) -> float:
+def _alpha(name: str, parts: Mapping[str, Tensor], rank: int, source: str) -> float:
+    return _number(name, parts["alpha"], source) if "alpha" in parts else float(rank)
+
+
+def _number(name: str, tensor: Tensor, source: str) -> float:
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise ConfigError(f"{source}: {name} has an alpha that is no number; the file is damaged")
+    return float(tensor)
+
+
+def _peft_alpha(name: str, rank: int, config: Mapping[str, Any], source: str) -> float:
     """The alpha by kohya's rule (strength alpha / rank) that gives the strength of PEFT's configuration."""
     prefix, path = name.split(".", 1)
-    pattern = config.get(f"{prefix}.alpha_pattern") or {}
-    matching = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
-    alpha = float(next(matching, config.get(f"{prefix}.lora_alpha", rank)))
+    patterns = config.get(f"{prefix}.alpha_pattern") or {}
+    try:
+        matching = (value for key, value in patterns.items() if _matches(key, path))
+        alpha = float(next(matching, config.get(f"{prefix}.lora_alpha", rank)))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{source}: its metadata entry {PEFT_METADATA} is damaged ({error})") from None
     return alpha * rank**0.5 if config.get(f"{prefix}.use_rslora") else alpha
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of PEFT's, a regular expression from the file, is that of a layer.
+
+    Raises:
+        ValueError: It is none, or one that could take for ever.
+    """
+    repeats = sum(map(pattern.count, "*+?{"))
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+        raise ValueError(f"{shown(pattern)} is more than the name of a layer")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except re.error as error:
+        raise ValueError(f"{shown(pattern)}: {error}") from None
 
 
 def _own_name(name: str, targets: Mapping[str, AdapterTargets]) -> str:
@@ -396,4 +434,4 @@ def _swapped(rows: Tensor) -> Tensor:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(name_shown, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -67,8 +67,10 @@ def trained(monkeypatch):
         configs.append(config)
         return 0
 
-    setup = types.SimpleNamespace(run_training=run_training, trained_components=lambda config: ("denoiser",))
+    setup = types.SimpleNamespace(run_training=run_training)
     monkeypatch.setitem(sys.modules, "library.training.setup", setup)
+    rehearsal = types.SimpleNamespace(rehearsal=lambda config: ["trained: denoiser"])
+    monkeypatch.setitem(sys.modules, "library.training.rehearsal", rehearsal)
     monkeypatch.setattr(cli, "configure_logging", lambda config: None)
     return configs
 

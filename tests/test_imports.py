@@ -29,6 +29,7 @@ LIGHT = (
     "library.sampling.prompts",
     *(f"library.data.{path.stem}" for path in (ROOT / "library" / "data").glob("report*.py")),
     "library.text_encoders.tokenizers",
+    "library.training.launch",
     "tools.make_option_pages",
     "tools.inspect_dataset",
 )

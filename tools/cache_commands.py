@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from library.cli import SCRIPTS, Script, checked_configuration, configure_logging, refused_options
 from library.config.command_line import CommandLine, help_text, read_command_line
+from library.config.documents import MOST_TOML_BYTES, read_text
 from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.data.store_care import STORES, Contents, Progress, StoreCare
@@ -120,8 +121,8 @@ def gc(chosen: argparse.Namespace) -> int:
 def _run_of(path: str, family: str | None) -> RunConfig:
     """The run that a file describes."""
     try:
-        says = _SCRIPT.match(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        says = _SCRIPT.match(read_text(Path(path), MOST_TOML_BYTES, kind="a run's TOML"))
+    except ConfigError:
         says = None  # reading it as a configuration says what is wrong
     script = SCRIPTS[says[1]] if says else None
     if script is None and family is not None:
@@ -131,7 +132,7 @@ def _run_of(path: str, family: str | None) -> RunConfig:
             raise ConfigError(f"{path} doesn't say its model family; add --family {' or '.join(sorted(FAMILIES))}")
         raise ConfigError(f"{path}: no such file")
     # What the run was resumed from may be gone since
-    return _configuration(script, _read(script, ["--config_file", path, "--resume", ""]))
+    return _configuration(script, _read(script, ["--config_file", path, "--resume", "", "--no-resume_anyway"]))
 
 
 def _read(script: Script, options: Sequence[str]) -> CommandLine:

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
 from library.config.data import UNSUPPORTED
+from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.config.optimizer import OPTIMIZER_NAMES
 from library.config.options import Option, all_options, canonical_names
@@ -345,14 +346,7 @@ def _found(named: str, folder: Path) -> Path | None:
 
 
 def _read_json(path: Path, kind: type[dict] | type[list]) -> Any:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    document = read_json(path)
     entries = document if isinstance(document, list) else []
     if not isinstance(document, kind) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{path}: expected {'an object' if kind is dict else 'a list of objects'}")

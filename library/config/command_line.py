@@ -14,9 +14,12 @@ from typing import Any
 
 from library.config.config_file import read_config_file
 from library.config.errors import ConfigError, nearest_name
+from library.config.messages import name_shown, shown
 from library.config.options import Option, all_options, build, canonical_names, group_title, option
 
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d")
+_MOST_UNKNOWN = 20
+"""Unknown options that are told one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,21 @@ def read_command_line(
         problems=(*problems, *built.problems),
         unusable=built.unusable | unreadable,
     )
+
+
+def without_typed_secrets(groups: Mapping[str, type], argv: Sequence[str]) -> list[str]:
+    """The arguments with stars for the values of secret options: other programs write down how they were started."""
+    options = all_options(groups)
+    secret = {f"--{name}" for name, own in canonical_names(options).items() if options[own].secret}
+    shown_words, hiding = [], False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            hiding = name in secret
+            shown_words.append(f"{name}=***" if hiding and equals else word)
+        else:
+            shown_words.append("***" if hiding else word)
+    return shown_words
 
 
 def help_text(groups: Mapping[str, type], *, program: str, description: str) -> str:
@@ -197,7 +215,9 @@ def _without_switch_values(words: Sequence[str], options: Mapping[str, Option]) 
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.removeprefix("no-") if name not in known else name
         if word.startswith("--") and equals and name in known and options[known[name]].is_switch:
-            problems.append(f"--{name} is a switch and takes no value, got {value!r}; write --{name} or --no-{name}")
+            problems.append(
+                f"--{name} is a switch and takes no value, got {shown(value)}; write --{name} or --no-{name}"
+            )
         else:
             kept.append(word)
     return kept, problems
@@ -207,13 +227,15 @@ def _unknown_words(rest: Sequence[str], options: Mapping[str, Option], refusals:
     known = canonical_names(options)
     unknown = [word.split("=", 1)[0] for word in rest if word.startswith("-")]
     problems = []
-    for word in dict.fromkeys(unknown):
+    for word in list(dict.fromkeys(unknown))[:_MOST_UNKNOWN]:
         name = word.lstrip("-")
         if name in refusals:
             problems.append(f"--{name} {refusals[name]}")
         else:
             near = nearest_name(name, known)
-            problems.append(f"unknown option {word}; " + (f"did you mean --{near}?" if near else "see --help"))
+            problems.append(
+                f"unknown option {name_shown(word)}; " + (f"did you mean --{near}?" if near else "see --help")
+            )
     if not unknown:
-        problems += [f"unexpected {word!r}: options start with --" for word in rest]
+        problems += [f"unexpected {shown(word)}: options start with --" for word in rest[:_MOST_UNKNOWN]]
     return problems

@@ -1,6 +1,5 @@
 """The tables of a dataset file, TOML or JSON: which keys may stand where, and what their values must be."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,17 @@ from typing import Any
 
 from library.config.config_file import read_toml
 from library.config.data import UNSUPPORTED
+from library.config.documents import MOST_TOML_BYTES, parse_json, read_text
 from library.config.errors import ConfigError, nearest_name
+from library.config.messages import name_shown
 from library.config.options import Option
 
 INVALID = object()
 """Stands for a value that was reported, so that nothing is derived from it."""
+
+_MOST_VALUES = 2_000_000
+_MOST_PROBLEMS = 100
+"""That are told one by one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def read_tables(path: Path, scopes: Scopes, problems: list[str]) -> tuple[Mappin
         ConfigError: The file can't be read or parsed.
     """
     document = _parse(path)
-    for key in document:
+    for key in list(document)[:_MOST_PROBLEMS]:
         if key not in ("general", "datasets"):
             problems.append(_misplaced(f"{path}: ", key, ("general", "datasets"), scopes))
     general = document.get("general", {})
@@ -71,18 +76,17 @@ def read_tables(path: Path, scopes: Scopes, problems: list[str]) -> tuple[Mappin
             Table(where, _checked(f"{where}.", values, scopes.subset, scopes, problems)) for where, values in subsets
         )
         tables.append(Table(place, _checked(f"{place}.", own, scopes.inherited, scopes, problems), inner))
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"{path}: more mistakes, not told one by one"]
     return checked_general, tuple(tables)
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
     if path.suffix.lower() != ".json":
         return read_toml(path)
+    text = read_text(path, MOST_TOML_BYTES, kind="a dataset file")
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+        document = parse_json(text, most_values=_MOST_VALUES)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(document, dict):
@@ -112,6 +116,8 @@ def _checked(
 ) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
+        if len(problems) > _MOST_PROBLEMS:
+            break
         if key not in known:
             problems.append(_misplaced(place, key, known, scopes))
             continue
@@ -125,12 +131,13 @@ def _checked(
 
 def _misplaced(place: str, key: str, known: Iterable[str], scopes: Scopes) -> str:
     """The message for a key that isn't known where it stands."""
+    place = f"{place}{name_shown(key)}"
     if key in UNSUPPORTED:
-        return f"{place}{key}: not supported: {UNSUPPORTED[key]}"
+        return f"{place}: not supported: {UNSUPPORTED[key]}"
     if key in scopes.inherited:
         homes = "[general] or [[datasets]]" + (" or [[datasets.subsets]]" if key in scopes.subset else "")
-        return f"{place}{key}: belongs in {homes}"
+        return f"{place}: belongs in {homes}"
     if key in scopes.subset:
-        return f"{place}{key}: belongs in [[datasets.subsets]]"
+        return f"{place}: belongs in [[datasets.subsets]]"
     near = nearest_name(key, known)
-    return f"{place}{key}: unknown key; " + (f"did you mean {near}?" if near else f"known here: {', '.join(known)}")
+    return f"{place}: unknown key; " + (f"did you mean {near}?" if near else f"known here: {', '.join(known)}")

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from library.config.errors import ConfigError
 from library.config.options import option
 
+SECRET_VARIABLES = {"wandb_api_key": "WANDB_API_KEY"}
+"""Secret options -> the environment variable that the package behind them reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:

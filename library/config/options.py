@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from library.config.errors import ConfigError, nearest_name
+from library.config.messages import shown
 
 TYPED = "typed"
 DEFAULT = "default"
+
+_LARGEST = 2**63
+"""No whole number beyond it is an option's value: nothing outside Python could hold it."""
 
 
 def option(
@@ -169,7 +173,7 @@ class Option:
                 except ValueError:
                     raise self._unexpected(value) from None
             is_number = isinstance(value, int) or (isinstance(value, float) and self.kind is float)
-            if isinstance(value, bool) or not is_number or not math.isfinite(value):
+            if isinstance(value, bool) or not is_number or not _is_usable(value):
                 raise self._unexpected(value)
             return self.kind(value)
         if self.kind is Path and isinstance(value, str):
@@ -187,7 +191,12 @@ class Option:
         return ValueError(f"expected {self.expected}, got {self._shown(value)}{hint}")
 
     def _shown(self, value: Any) -> str:
-        return "a value that is not shown" if self.secret else repr(value)
+        return "a value that is not shown" if self.secret else shown(value)
+
+
+def _is_usable(number: float) -> bool:
+    """Whether it is finite, and small enough for a fraction, and for whatever counts with it."""
+    return -_LARGEST < number < _LARGEST if isinstance(number, int) else math.isfinite(number)
 
 
 def options_of(group: type, attribute: str = "") -> Iterator[Option]:

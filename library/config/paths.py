@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from library.config.config_file import read_toml
 from library.config.errors import ConfigError
 from library.config.saving import thumbnail_address
+from library.config.training import AUTO
 from library.config.urls import is_remote
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def _missing(config: "RunConfig") -> Iterator[str]:
             if not os.path.isfile(path):
                 yield f"--{name} {path}: no such file"
     resume = config.training.resume
-    if resume and not os.path.isdir(resume):
-        yield f"--resume {resume}: no such folder; it is one that ends in -state"
+    if resume and resume != AUTO and not os.path.isdir(resume):
+        yield f"--resume {resume}: no such folder; it is one that ends in -state, or auto"
 
 
 def _unusable(config: "RunConfig") -> Iterator[str]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from library.config.logging import SECRET_VARIABLES
 from library.config.options import DEFAULT, Option, option_values
 from library.config.run import DERIVED, RunConfig
 
@@ -29,6 +30,10 @@ def resolved_toml(config: RunConfig, *, seed: int | None = None, with_defaults: 
         if declared.name == "seed" and value is None and seed is not None:
             value, source = seed, f"{DERIVED}: drawn for this run"
         is_default = source == DEFAULT and value == declared.default
+        if declared.secret and value is not None:
+            lines.append(
+                f"# {declared.name} was given and is never written; type it again, {_elsewhere(declared.name)}"
+            )
         if value is None or declared.secret or (is_default and not with_defaults):
             continue
         if declared.group != section:
@@ -36,6 +41,12 @@ def resolved_toml(config: RunConfig, *, seed: int | None = None, with_defaults: 
             lines += ["", f"[{section}]"]
         lines.append(_line(declared, value, source))
     return "\n".join([*lines, *_dataset_lines(config), ""])
+
+
+def _elsewhere(name: str) -> str:
+    """Where a secret may stand instead."""
+    variable = SECRET_VARIABLES.get(name)
+    return f"or set {variable}" if variable else "or leave it out"
 
 
 def _line(declared: Option, value: Any, source: str) -> str:

@@ -17,8 +17,10 @@ from library.config.full import FullConfig, full_model_problems, full_problems
 from library.config.logging import LoggingConfig
 from library.config.loss import LossConfig
 from library.config.memory import MemoryConfig
+from library.config.messages import holds_secret
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig, network_problems
+from library.config.non_finite import non_finite_problems
 from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
@@ -141,16 +143,35 @@ class RunConfig:
         """Every contradiction between groups, one line each; all at once, so that nobody meets them one per run."""
         # without datasets, because theirs are wrong, every option about them would seem to do nothing
         return [
+            *self._secret_problems(),
             *(self._text_problems() if self.datasets else ()),
             *self._learning_problems(),
             *self._average_problems(),
             *update_problems(self.optimizer, self.training, self.memory),
             *(self.memory.full_model_problems() if self.network is None else ()),
+            *non_finite_problems(self.training, self.memory, self.saving),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
             *path_problems(self),
             *(flow_problems(self.flow, self.loss) if self.flow is not None else ()),
         ]
+
+    def _secret_problems(self) -> Iterator[str]:
+        """Addresses with a login or a signature: they would stand in caches, states, logs and saved files."""
+        said = [(f"--{declared.name}", value) for declared, value in option_values(self) if not declared.secret]
+        said += [
+            (f"datasets[{index}].subsets[{number}].{name}", getattr(subset, name))
+            for index, dataset in enumerate(self.datasets)
+            for number, subset in enumerate(dataset.subsets)
+            for name in ("image_dir", "metadata_file", "conditioning_data_dir")
+        ]
+        for name, value in said:
+            texts = value if isinstance(value, tuple | list) else (value,)
+            if any(isinstance(text, str | os.PathLike) and holds_secret(str(text)) for text in texts):
+                yield (
+                    f"{name}: the address has a login or a signature in it, which would be written into caches, states "
+                    "and logs; give them in environment variables, or in the storage's own configuration"
+                )
 
     def with_model_defaults(self, description: ModelDescription) -> "RunConfig":
         """The configuration with the defaults that depend on the model in the place of those that nobody gave.

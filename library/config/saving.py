@@ -2,9 +2,9 @@
 
 import base64
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from library.config.documents import MEBIBYTE, size_text
 from library.config.errors import ConfigError
 from library.config.options import option
 
@@ -38,6 +38,9 @@ def parse_save_precision(value: Any) -> str:
 _PICTURES = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
 
+MOST_THUMBNAIL_BYTES = 8 * MEBIBYTE
+
+
 def thumbnail_address(path: str) -> str:
     """This turns a picture file into the ``data:`` address that holds it whole, as ``modelspec.thumbnail`` wants it.
 
@@ -45,9 +48,15 @@ def thumbnail_address(path: str) -> str:
         ConfigError: The file can't be read, or is no picture of a kind that browsers show.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(MOST_THUMBNAIL_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"--metadata_thumbnail {path}: can't be read ({error.strerror})") from None
+    if len(content) > MOST_THUMBNAIL_BYTES:
+        raise ConfigError(
+            f"--metadata_thumbnail {path}: larger than {size_text(MOST_THUMBNAIL_BYTES)}, which would stand at the "
+            "start of every saved file; make it smaller"
+        )
     kind = next((kind for start, kind in _PICTURES if content.startswith(start)), None)
     if kind is None:
         raise ConfigError(f"--metadata_thumbnail {path}: not a picture in PNG, JPEG or WebP")
@@ -109,6 +118,13 @@ class SavingConfig:
         None, "The same for states saved after steps. By default --save_last_n_steps.", minimum=1
     )
     save_state: bool = option(False, "Save the state for --resume whenever weights are saved, the end included.")
+    on_save_error: str = option(
+        "stop",
+        "What happens when weights or a state can't be written, as on a full disk. The run ends with exit code 2 "
+        "(stop), or goes on with a warning and tries again at the next save (continue). At the end of the run it is an "
+        "error in any case. What was saved before stays as it is.",
+        choices=("stop", "continue"),
+    )
     save_state_on_train_end: bool = option(False, "Save the state at the end of the run, to train on later.")
     no_metadata: bool = option(
         False, "Write only what loaders need into the file's metadata. By default all settings that acted."
@@ -143,6 +159,11 @@ class SavingConfig:
                 problems.append(f"--{name} does nothing without {wanted}; add it or remove --{name}")
             if getattr(self, f"{name}_state") and not (interval and self.save_state):
                 problems.append(f"--{name}_state does nothing without {wanted} and --save_state; add them")
+        if self.on_save_error == "continue" and not (self.save_every_n_steps or by_epochs):
+            problems.append(
+                "--on_save_error continue does nothing when the run is saved at its end alone; add "
+                "--save_every_n_steps, or remove it"
+            )
         if problems:
             raise ConfigError("\n".join(problems))
 

@@ -1,9 +1,27 @@
 """How long, in which precision, and from where."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from library.config.errors import ConfigError
 from library.config.options import option
+
+AUTO = "auto"
+"""The value of ``--resume`` that finds the state by itself."""
+
+
+def parse_resume(value: Any) -> str:
+    """This reads ``latest``, the older word, as ``auto``; anything else is a folder."""
+    return AUTO if value == "latest" else str(value)
+
+
+NON_FINITE_POLICIES = ("stop", "skip", "rollback")
+MOST_SKIPPED_IN_A_ROW = 10
+"""So many steps in a row may be skipped; one more and the run stops."""
+MOST_ROLLBACKS = 3
+"""So often a run may go back to one state; then it must have come to the next."""
+MOST_BUNDLES = 3
+"""So many dropped steps of a run get a replay bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +77,38 @@ class TrainingConfig:
     )
     resume: str | None = option(
         None,
-        "Folder of a saved state (<name>-...-state) to go on from, exactly where it stopped. By default a fresh run.",
+        "Folder of a saved state (<name>-...-state) to go on from, exactly where it stopped; or auto (latest is the "
+        "same): the newest whole state of --output_name in --output_dir, a fresh run where there is none, and nothing "
+        "at all where the run is done. By default a fresh run.",
         metavar="FOLDER",
         aliases=("resume_from_checkpoint",),
+        parse=parse_resume,
+    )
+    resume_anyway: bool = option(
+        False,
+        "Go on although something that the result depends on differs from the run that the state was saved from: a "
+        "warning instead of an error, where that is possible at all.",
     )
     max_train_seconds: int | None = option(
         None,
         "End the run after the step in which so many seconds are over, with a state to resume from, and exit with 124. "
         "They count from when the run begins to load; leave time to write the state. By default no limit.",
+        minimum=1,
+    )
+    on_nonfinite: str = option(
+        "stop",
+        "What happens when a step's loss or gradient is no finite number. stop: the run ends with exit code 2, and "
+        "nothing of the step is applied or saved. skip: the step's update is dropped and the run goes on; more than "
+        f"{MOST_SKIPPED_IN_A_ROW} in a row stop it. rollback: weights, optimizer and average go back to the state that "
+        "was saved last, and the run goes on with the pictures after the step; more than "
+        f"{MOST_ROLLBACKS} times to one state stop it. Each writes a bundle for tools/replay.py, for the first "
+        f"{MOST_BUNDLES} dropped steps.",
+        choices=NON_FINITE_POLICIES,
+    )
+    replay_bundle_at_step: int | None = option(
+        None,
+        "Write a bundle for tools/replay.py at this optimizer step and go on: to do the step again on another machine "
+        "and compare. By default none.",
         minimum=1,
     )
     ddp_timeout: int | None = option(
@@ -87,6 +129,8 @@ class TrainingConfig:
                 problems.append(
                     f"--full_{precision} needs --mixed_precision {precision}, but it is {self.mixed_precision}"
                 )
+        if self.resume_anyway and not self.resume:
+            problems.append("--resume_anyway does nothing without --resume; add it or remove --resume_anyway")
         if self.stochastic_rounding and not self.full_bf16:
             problems.append("--stochastic_rounding does nothing without --full_bf16; add it or remove it")
         if problems:

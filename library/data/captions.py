@@ -17,6 +17,9 @@ from library.randomness import python_random
 _WILDCARD = re.compile(r"(?P<open>\{\{)|(?P<close>\}\})|\{(?P<choices>(?:[^{}]|\{\{[^{}]*\}\})+)\}")
 _JOINED = ", "
 _MOST_POSSIBLE = 10_000
+_MOST_CHARACTERS = 50_000_000
+"""Of all that is listed of one line; of a usual one these are more than ten thousand."""
+
 _AFTER_WARM_UP = sys.maxsize
 
 
@@ -126,8 +129,10 @@ def _possible(captions: Sequence[str], subset: SubsetConfig) -> Iterator[str]:
         yield _surrounded(captions[0], subset)
         return
     for line in captions:
-        for pieces in itertools.product(*_pieces(_surrounded(line, subset))):
-            yield "".join(pieces)
+        pieces = list(_pieces(_surrounded(line, subset)))
+        most = max(1, _MOST_CHARACTERS // sum(len(one[0]) + 1 for one in pieces))
+        for chosen in itertools.islice(itertools.product(*pieces), most):
+            yield "".join(chosen)
 
 
 def _pieces(caption: str) -> Iterator[Sequence[str]]:

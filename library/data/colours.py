@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageColor
 _PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 """Colour space in a profile's header -> the mode of the pictures that it is for."""
 
+_PIXELS_AT_ONCE = 1 << 20
 _STEPS = (0, 51, 102, 153, 204, 255)
 
 
@@ -75,9 +76,14 @@ def lay_on(colours: Image.Image, alpha: Image.Image, background: str) -> Image.I
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """A grey picture of 16 bits, or of fractions up to 1, which Pillow's own conversion would cut off at 255."""
-    values = np.asarray(picture).astype(np.float64)
-    levels = values * 255 if picture.mode == "F" else values / 257
-    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
+    values = np.asarray(picture)
+    levels = np.empty(values.shape, np.uint8)
+    rows = max(1, _PIXELS_AT_ONCE // max(1, values.shape[1]))
+    for start in range(0, len(values), rows):  # a large picture takes eight times its size in fractions
+        part = values[start : start + rows].astype(np.float64)
+        part = part * 255 if picture.mode == "F" else part / 257
+        levels[start : start + rows] = np.clip(np.rint(part), 0, 255)
+    return Image.fromarray(levels)
 
 
 @lru_cache(maxsize=16)

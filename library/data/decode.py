@@ -5,6 +5,7 @@ to be no faster once the pixels have to become a Pillow picture for resizing.
 """
 
 import importlib
+import warnings
 from io import BytesIO
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from library.data.formats import PLUGINS
 from library.data.headers import CUT, DAMAGED, Header, read_header, size_problem
 from library.records import Resolution
+
+# which pictures are too large is decided in headers; a photo of a hundred megapixels is none of them
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _FACTORS = (8, 4, 2)  # what a JPEG can be shrunk by while it is decoded
 
@@ -55,6 +59,8 @@ def decode(data: bytes, at_least: Resolution | None = None) -> Decoded:
     """
     header = read_header(data)
     if header.kind is None:
+        raise OSError(header.problem)
+    if header.problem is not None and header.problem != CUT:  # what is cut may be worth a try
         raise OSError(header.problem)
     if missing := _missing_plugin(header.kind):
         raise OSError(missing)

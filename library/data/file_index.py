@@ -26,6 +26,9 @@ _MOST_THREADS = 8
 _REMOTE_THREADS = 32
 """A read from far away is mostly waiting."""
 
+_MOST_TEXT_BYTES = 1 << 20
+"""Of a caption file; text encoders read some hundreds of words."""
+
 _SETTLED_NS = 2_000_000_000
 """A file changed this recently may change again within the same tick of its file system's clock."""
 
@@ -244,8 +247,11 @@ def _facts_of(
 
 
 def _text_of(entry: FileEntry) -> str | TextProblem:
+    if entry.bytes > _MOST_TEXT_BYTES:
+        return TextProblem(f"{entry.bytes:,} bytes are no caption; at most {_MOST_TEXT_BYTES:,}")
     try:
-        return read_bytes(entry.path).decode("utf-8-sig")
+        text = read_bytes(entry.path, most=_MOST_TEXT_BYTES).decode("utf-8-sig")
+        return text if "\x00" not in text else TextProblem("it has NULs in it; save the caption as UTF-8")
     except OSError as error:
         return TextProblem(f"can't be read ({error.strerror or error})")
     except UnicodeDecodeError as error:

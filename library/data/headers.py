@@ -21,11 +21,31 @@ DAMAGED = "the picture is damaged"
 MOST_PIXELS = 178_956_970
 """Pillow refuses more than this, so that a small file can't fill the memory."""
 
+_MOST_PARTS = 1_000_000
+"""Segments, chunks or boxes of a file; the parts of an honest one are longer."""
+
+_MOST_BEFORE_PIXELS = 32 << 20
+"""Bytes of a JPEG's segments before its pixels; joining them takes time that grows with the square of their length."""
+
+_MOST_SCANS = 100
+"""Times that a JPEG may go over its pixels; encoders write up to about twenty."""
+
+_MOST_METADATA = 4
+"""Packed texts of a PNG that are looked into; each may become 16 MiB."""
+
 _NO_SIZE = Resolution(0, 0)
 _ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _EXIF_MARK = b"Exif\x00\x00"
 _XMP_MARK = b"http://ns.adobe.com/xap/1.0/\x00"
+_METADATA = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""The names under which PNGs keep what other kinds have places for."""
+
+_MARKER = re.compile(rb"\xff[^\xff]", re.DOTALL)
+"""Of a JPEG's segment; more bytes of 255 may stand before it."""
+
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_TOO_MANY = f"{DAMAGED}: it has more parts than any picture"
 _PNG_END = struct.pack(">I4s", 0, b"IEND")
 
 
@@ -101,15 +121,13 @@ def _exif_orientation(exif: bytes) -> int | None:
 def _jpeg(data: bytes) -> Header:
     exif = xmp = b""
     size = None
-    position = 2
-    while True:
-        position = data.find(b"\xff", position)
-        if position < 0:
+    position, several_scans, colours = 2, False, 0
+    for _ in range(_MOST_PARTS):
+        match = _MARKER.search(data, position)
+        if match is None:
             return Header("JPEG", problem=CUT)
+        position = match.end() - 2
         marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-            continue
         if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without content
             position += 2
             continue
@@ -117,6 +135,7 @@ def _jpeg(data: bytes) -> Header:
             return Header("JPEG", problem=f"{DAMAGED}: it has no pixels")
         (length,) = struct.unpack_from(">H", data, position + 2)
         if marker == 0xDA:
+            several_scans |= data[position + 4] < colours
             break
         if marker == 0xE1:
             segment = data[position + 4 : position + 2 + length]
@@ -127,9 +146,18 @@ def _jpeg(data: bytes) -> Header:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, position + 5)
             size = Resolution(width, height)
+            colours, several_scans = data[position + 9], marker in _PROGRESSIVE
         position += 2 + length
+        if position > _MOST_BEFORE_PIXELS:
+            break
+    else:
+        return Header("JPEG", problem=_TOO_MANY)
+    if position > _MOST_BEFORE_PIXELS:
+        return Header("JPEG", problem=f"{DAMAGED}: it has more metadata than any picture")
     if size is None:
         return Header("JPEG", problem=f"{DAMAGED}: it has no size")
+    if several_scans and data.count(b"\xff\xda", position) > _MOST_SCANS:
+        return Header("JPEG", size, problem=f"{DAMAGED}: it goes over its pixels more than {_MOST_SCANS} times")
     # entropy-coded data can't hold this pair of bytes, the thumbnail inside EXIF was skipped
     complete = data.endswith(b"\xff\xd9") or data.rfind(b"\xff\xd9", position) > 0
     return Header("JPEG", size, orientation_of(exif, xmp), None if complete else CUT)
@@ -138,9 +166,11 @@ def _jpeg(data: bytes) -> Header:
 def _png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
     exif = xmp = b""
-    position, end = 8, len(data)
+    position, end, texts = 8, len(data), 0
     chunk = struct.Struct(">I4s").unpack_from
-    while position + 12 <= end:
+    for _ in range(_MOST_PARTS):
+        if position + 12 > end:
+            return Header("PNG", Resolution(width, height), problem=CUT)
         length, name = chunk(data, position)
         after = position + 12 + length
         if name == b"IDAT":
@@ -149,14 +179,15 @@ def _png(data: bytes) -> Header:
             return Header("PNG", Resolution(width, height), orientation_of(exif, xmp))
         elif name == b"eXIf":
             exif = data[position + 8 : after - 4]
-        elif name in (b"tEXt", b"zTXt", b"iTXt"):
+        elif name in (b"tEXt", b"zTXt", b"iTXt") and texts < _MOST_METADATA:
             keyword, text = _png_text(name, data[position + 8 : after - 4])
+            texts += keyword in _METADATA
             if keyword == b"Raw profile type exif":
                 exif = exif or _raw_profile(text)
             elif keyword == b"XML:com.adobe.xmp":
                 xmp = text
         position = after
-    return Header("PNG", Resolution(width, height), problem=CUT)
+    return Header("PNG", Resolution(width, height), problem=_TOO_MANY)
 
 
 def _png_text(name: bytes, content: bytes) -> tuple[bytes, bytes]:
@@ -168,7 +199,7 @@ def _png_text(name: bytes, content: bytes) -> tuple[bytes, bytes]:
         rest = rest[2:].split(b"\x00", 2)[-1]
     elif compressed:
         rest = rest[1:]
-    if compressed and keyword in (b"Raw profile type exif", b"XML:com.adobe.xmp"):
+    if compressed and keyword in _METADATA:
         rest = zlib.decompressobj().decompress(rest, 1 << 24)
     return keyword, rest
 
@@ -203,7 +234,9 @@ def _webp(data: bytes) -> Header:
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     position = 12
-    while position + 8 <= len(data):
+    for _ in range(_MOST_PARTS):
+        if position + 8 > len(data):
+            return
         name, length = struct.unpack_from("<4sI", data, position)
         yield name, position + 8, length
         position += 8 + length + length % 2
@@ -247,7 +280,9 @@ def _after_blocks(data: bytes, position: int) -> int:
 def _boxes(kind: str, data: bytes) -> Header:
     """A container of boxes, whose pixels and size only a decoder understands."""
     position = 0
-    while position < len(data):
+    for _ in range(_MOST_PARTS):
+        if position >= len(data):
+            break
         (length,) = struct.unpack_from(">I", data, position)
         if length == 1:
             (length,) = struct.unpack_from(">Q", data, position + 8)
@@ -256,6 +291,8 @@ def _boxes(kind: str, data: bytes) -> Header:
         if length < 8:
             return Header(kind, problem=f"{DAMAGED}: a box of {length} bytes")
         position += length
+    else:
+        return Header(kind, problem=_TOO_MANY)
     return Header(kind, problem=CUT if position > len(data) else None)
 
 

@@ -9,6 +9,9 @@ from library.io.places import FileEntry, read_bytes
 Face = tuple[int, int, int, int]
 """Centre and size: x, y, width, height in pixels of the upright picture."""
 
+MOST_BYTES = 1 << 30
+"""Of a picture's file; the largest picture that can be decoded has about as many bytes when nothing is packed."""
+
 _NO_FACE = ""
 
 
@@ -88,8 +91,10 @@ def look_at(entry: FileEntry, wanted: Wanted, known: Known | None) -> tuple[Know
     """
     from library.data import images  # Pillow is loaded only when a file must be read
 
+    if entry.bytes > MOST_BYTES:
+        return Known(""), f"its file of {entry.bytes:,} bytes is larger than any picture ({MOST_BYTES:,})"
     try:
-        data = read_bytes(entry.path)
+        data = read_bytes(entry.path, most=MOST_BYTES)
     except OSError as error:
         return Known(""), error.strerror or str(error)
     content = hashlib.blake2b(data, digest_size=20).hexdigest()

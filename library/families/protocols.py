@@ -117,6 +117,10 @@ class ModelFamily(Protocol):
     adapter_targets: Mapping[str, AdapterTargets]
     """By component: ``denoiser`` and the names of the text encoders."""
 
+    def identities(self) -> Mapping[str, str]:
+        """What names the contents of each part's weights, by the part: cheap to compute, and no path in it."""
+        ...
+
     def text_strategy(self) -> TextEncodingStrategy:
         """The strategy with tokenizers loaded."""
         ...

@@ -1,11 +1,11 @@
 """Where the parts of a model lie: in the base model's file or folder, or in files of their own."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.io.components import BASE, Component, find_part, require_part
 from library.io.header import Header
@@ -114,8 +114,8 @@ class _Base:
 
     def _without_denoiser(self) -> str:
         try:
-            kind = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
+            kind = read_json(self.path / "model_index.json")["_class_name"]
+        except (ConfigError, KeyError, TypeError):
             kind = None
         if kind is not None and not str(kind).startswith(self.layout.pipelines):
             return f"{self.path} is a folder of {kind}, expected one of {self.layout.pipeline}"

@@ -4,7 +4,6 @@ A safetensors file is 8 bytes of length, that many bytes of JSON, then the tenso
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from library.config.documents import count_values, parse_json
 from library.config.errors import ConfigError
+from library.config.messages import name_shown
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -22,6 +23,14 @@ DTYPE_BITS: Mapping[str, int] = {
 """Size of one element by the name that the format gives its type."""
 
 _LONGEST_HEADER = 100_000_000
+"""The format's own limit."""
+
+_LARGEST_NUMBER = 2**63
+_MOST_VALUES = 3_000_000
+"""Of a header's JSON; a tensor has about ten, and files have some thousands of tensors."""
+
+_UNCOUNTED_BYTES = 1 << 20
+_MOST_SIDES = 64
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "a pickle or zip file"),
     (b"\x80", "a pickle file"),
@@ -129,18 +138,50 @@ def parse_header(path: Path, file: BinaryIO, size: int) -> Header:
         raise ConfigError(_truncated(path, 8 + length - size, "at least "))
     file.seek(8)
     try:
-        content = json.loads(file.read(length))
-        metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
-        tensors = {name: _tensor_info(entry) for name, entry in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        metadata, tensors = _contents(file.read(length))
+    except ValueError as error:
         raise ConfigError(f"{path} has a damaged safetensors header ({error}); download it again") from error
     _check_offsets(path, tensors, size - 8 - length)
     return Header(path, metadata, tensors, 8 + length)
 
 
+def _contents(data: bytes) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata and the tensors; what they may be is checked, where they lie is not."""
+    text = data.decode("utf-8")
+    if len(text) > _UNCOUNTED_BYTES:
+        count_values(text, _MOST_VALUES)
+    content = parse_json(text, pairs=_without_twins)
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
+        raise ValueError("its __metadata__ is no table of texts")
+    "".join([*content, *metadata, *metadata.values()]).encode()  # half a character, which nothing could write
+    tensors = {}
+    for name, entry in content.items():
+        try:
+            tensors[name] = _tensor_info(entry)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{name_shown(name)} is no description of a tensor") from None
+    return metadata, tensors
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{name_shown(twice)} stands twice in it")
+    return values
+
+
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    return TensorInfo(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), int(begin), int(end))
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sides = (begin, end, *shape)
+    # JSON's true and 1.5 would pass for whole numbers in Python
+    if type(dtype) is not str or type(shape) is not list or any(type(side) is not int for side in sides):
+        raise ValueError
+    if min(sides) < 0 or max(sides) > _LARGEST_NUMBER or len(shape) > _MOST_SIDES or len(dtype) > _MOST_SIDES:
+        raise ValueError
+    return TensorInfo(dtype, tuple(shape), begin, end)
 
 
 def _check_offsets(path: Path, tensors: Mapping[str, TensorInfo], available: int) -> None:
@@ -150,7 +191,9 @@ def _check_offsets(path: Path, tensors: Mapping[str, TensorInfo], available: int
         bits = DTYPE_BITS.get(info.dtype)
         wrong_length = bits is not None and (info.end - info.begin) * 8 != info.elements * bits
         if info.begin != position or info.end < info.begin or wrong_length or min(info.shape, default=0) < 0:
-            raise ConfigError(f"{path} has a damaged safetensors header (offsets of {name}); download it again")
+            raise ConfigError(
+                f"{path} has a damaged safetensors header (offsets of {name_shown(name)}); download it again"
+            )
         position = info.end
     if position > available:
         raise ConfigError(_truncated(path, position - available))

@@ -1,13 +1,13 @@
 """One component of a model as it lies on disk: in a file of its own, among others in one file, or cut into shards."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.io.header import Header, TensorInfo, read_header, require_file
 from library.io.pickles import is_pickle, pickle_checksum, read_pickle_header
@@ -117,9 +117,11 @@ def _read_file(path: Path) -> Header:
 
 def _read_index(path: Path) -> tuple[Header, ...]:
     try:
-        holders: Mapping[str, str] = json.loads(require_file(path).read_text(encoding="utf-8"))["weight_map"]
+        holders: Mapping[str, str] = read_json(require_file(path))["weight_map"]
         files = sorted(set(holders.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(type(name) is str and Path(name).name == name for name in files):
+            raise ValueError("its shards must lie beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(f"{path} is not an index of shards: it has no weight_map") from error
     if absent := [name for name in files if not (path.parent / name).is_file()]:
         raise ConfigError(f"{path} names {absent[0]}, which is not there; download it again")

@@ -1,20 +1,23 @@
 """Checkpoints in torch's own format (.ckpt, .pt, .pth, .bin).
 
-Their contents are listed by an unpickler that knows tensors and nothing else: every other class it meets becomes an
-inert placeholder, so no code of the file ever runs. The tensors themselves come from ``torch.load(weights_only=True)``.
+Their contents are listed by ``pickle_contents``, which calls nothing, so no code of the file ever runs. The tensors
+themselves come from ``torch.load(weights_only=True)``, and only from a file that was listed without a complaint.
 """
 
 import hashlib
 import os
 import pickle
+import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from library.config.errors import ConfigError
+from library.config.messages import name_shown
 from library.io.header import DTYPE_BITS, Header, TensorInfo, require_file
+from library.io.pickle_contents import Global, Rebuild, Storage, read_contents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +30,13 @@ _DTYPES = {
     "uint64": "U64",
 }  # fmt: skip
 """The format's name for each storage class (older types) and dtype object (newer ones) of torch."""
+_MOST_CONTENTS = 16 << 20
+"""Bytes of the list of contents; ten thousand tensors have two millions."""
+
+_MOST_DIRECTORY = 16 << 20
+"""Bytes of a zip file's directory, which becomes ten times as much memory."""
+
+_MOST_SIDES = 64
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -51,16 +61,20 @@ def read_pickle_header(path: str | os.PathLike[str]) -> Header:
         ConfigError: The file is missing, damaged, or holds no named tensors.
     """
     path = require_file(path)
-    try:
-        content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    except ConfigError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ConfigError(_damaged(path, error)) from error
+    content = _contents(path)
     tensors = {name: value.info() for name, value in named_tensors(content, _Tensor).items()}
     if not tensors:
         raise ConfigError(f"{path} holds no named tensors")
     return Header(path, {}, tensors, -1, "pickle")
+
+
+def check_pickle(path: str | os.PathLike[str]) -> None:
+    """This checks that ``torch.load(weights_only=True)`` needs no more memory for a file than the file has bytes.
+
+    Raises:
+        ConfigError: The file is missing or damaged, or was made to fill the memory.
+    """
+    _contents(require_file(path))
 
 
 def load_pickle(header: Header, *, mmap: bool) -> "dict[str, Tensor]":
@@ -75,12 +89,19 @@ def load_pickle(header: Header, *, mmap: bool) -> "dict[str, Tensor]":
     """
     import torch
 
+    size = header.path.stat().st_size
+    if too_large := next((name for name, info in header.tensors.items() if info.end > size), None):
+        raise ConfigError(
+            f"{header.path} is damaged: its {name_shown(too_large)} is larger than the file; download it again"
+        )
     try:
         content = torch.load(
             header.path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(header.path)
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if "weights_only" in str(error):
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
             raise ConfigError(
                 f"{header.path} can't be loaded safely: it contains more than tensors. Convert it to safetensors first"
             ) from error
@@ -115,13 +136,59 @@ def _damaged(path: Path, error: Exception) -> str:
     return f"{path} is a damaged or truncated checkpoint ({reason}); download it again"
 
 
+def _contents(path: Path) -> Any:
+    try:
+        return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ConfigError(_damaged(path, error)) from error
+
+
 def _read_zip(path: Path) -> Any:
+    _check_directory(path)
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
         if not names:
             raise ConfigError(f"{path} is a zip file, but no checkpoint: it has no data.pkl inside")
+        if len(names) > 1:
+            raise ConfigError(f"{path} has several lists of contents (data.pkl); download it again")
+        entries = archive.infolist()
+        stored = sum(entry.file_size for entry in entries)
+        packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+        if packed is not None:
+            raise ConfigError(
+                f"{path} is a compressed zip file, which torch doesn't write and which can unpack to any size; convert "
+                "it to safetensors first"
+            )
+        if stored > path.stat().st_size:
+            raise ConfigError(f"{path} is damaged: its parts are larger than the file; download it again")
         with archive.open(names[0]) as file:
-            return _TensorLister(file).load()
+            data = file.read(_MOST_CONTENTS + 1)
+    if len(data) > _MOST_CONTENTS:
+        raise ConfigError(f"{path}: its list of contents is longer than any model's; convert it to safetensors first")
+    return read_contents(BytesIO(data), _REBUILD)
+
+
+def _check_directory(path: Path) -> None:
+    """The zip file's directory must be of a size that one can hold in memory; its end says how large it is."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - (1 << 16) - 22))
+        end = file.read()
+    start = end.rfind(b"PK\x05\x06")
+    (directory,) = struct.unpack_from("<I", end, start + 12) if start >= 0 else (0,)
+    if directory == 0xFFFFFFFF:
+        start = end.rfind(b"PK\x06\x06")
+        (directory,) = struct.unpack_from("<Q", end, start + 40) if start >= 0 else (0,)
+    if directory > _MOST_DIRECTORY:
+        raise ConfigError(f"{path} is a zip file of more parts than any model has; convert it to safetensors first")
 
 
 def _read_legacy(path: Path) -> Any:
@@ -132,15 +199,20 @@ def _read_legacy(path: Path) -> Any:
             raise ConfigError(f"{path} is a truncated checkpoint: its end is missing; download it again")
         if start != _LEGACY_START:
             raise ConfigError(f"{path} is a pickle file, but not one that torch saved")
-        for _ in range(2):
-            _TensorLister(file).load()
-        return _TensorLister(file).load()
+        rest = BytesIO(file.read(_MOST_CONTENTS))
+    for _ in range(2):
+        read_contents(rest, _REBUILD)
+    return read_contents(rest, _REBUILD)
 
 
 class _Tensor:
     """What the file says about one tensor."""
 
-    def __init__(self, dtype: str, shape: tuple[int, ...]):
+    def __init__(self, dtype: str, shape: Any):
+        if type(shape) is not tuple or len(shape) > _MOST_SIDES:
+            raise ValueError("a tensor without a shape")
+        if not all(type(side) is int and 0 <= side < 2**63 for side in shape):
+            raise ValueError("a tensor of a size that can't be")
         self.dtype = dtype
         self.shape = shape
 
@@ -149,59 +221,32 @@ class _Tensor:
         return info._replace(end=info.elements * DTYPE_BITS.get(self.dtype, 0) // 8)
 
 
-class _Ignored:
-    """Stands for anything that isn't a tensor or a plain container."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Takes what a pickled list-like object is filled with."""
-
-    def extend(self, values: Any) -> None:
-        """See ``append``."""
+def _stored_as(storage: Any) -> str:
+    """The type of a storage, which its key has in its second place: ("storage", class, key, location, elements)."""
+    key = storage.key if type(storage) is Storage else ()
+    kind = key[1] if type(key) is tuple and len(key) > 1 else None
+    return _dtype(kind)
 
 
-class _TypeName(str):
-    """A storage class or dtype of torch, by name."""
+def _dtype(kind: Any) -> str:
+    name = kind.name if type(kind) is Global else kind
+    if type(name) is not str:
+        raise ValueError("a tensor without a type")
+    return _DTYPES.get(name, name)
 
 
-def _rebuild_v2(storage: str, offset: int, shape: tuple[int, ...], *rest: Any) -> _Tensor:
-    return _Tensor(_DTYPES.get(storage, storage), shape)
+def _rebuild_v2(arguments: Sequence[Any]) -> _Tensor:
+    storage, _, shape, *_ = arguments
+    return _Tensor(_stored_as(storage), shape)
 
 
-def _rebuild_v3(
-    storage: str, offset: int, shape: tuple[int, ...], stride: Any, grad: bool, hooks: Any, dtype: str, *rest: Any
-) -> _Tensor:
-    return _Tensor(_DTYPES.get(dtype, dtype), shape)
+def _rebuild_v3(arguments: Sequence[Any]) -> _Tensor:
+    _, _, shape, _, _, _, dtype, *_ = arguments
+    return _Tensor(_dtype(dtype), shape)
 
 
-def _rebuild_parameter(data: Any, *rest: Any) -> Any:
-    return data
-
-
-_KNOWN: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+_REBUILD: Mapping[Global, Rebuild] = {
+    Global("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    Global("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    Global("torch._utils", "_rebuild_parameter"): lambda arguments: arguments[0],
 }
-
-
-class _TensorLister(pickle.Unpickler):
-    def __init__(self, file: BinaryIO | Any):
-        super().__init__(file, encoding="latin-1")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and (name in _DTYPES or name == "UntypedStorage"):
-            return _TypeName(name)
-        return _KNOWN.get((module, name), _Ignored)
-
-    def persistent_load(self, key: Any) -> str:
-        return str(key[1])  # ("storage", class, key, location, elements)

@@ -120,17 +120,28 @@ def exists(path: str) -> bool:
     return storage.exists(key)
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, *, most: int | None = None) -> bytes:
     """The bytes of a file.
 
+    Args:
+        path: A path or a URL.
+        most: How many bytes it may have; by default any number. No more are read of a local file.
+
     Raises:
-        OSError: It can't be read; ``strerror`` is a reason of one line.
+        OSError: It can't be read, or is larger; ``strerror`` is a reason of one line.
     """
-    if is_remote(path):
-        storage, key = storage_of(path)
-        return storage.read(key)
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        if is_remote(path):
+            storage, key = storage_of(path)
+            data = storage.read(key)
+        else:
+            with open(path, "rb") as file:
+                data = file.read() if most is None else file.read(most + 1)
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error), path) from None
+    if most is not None and len(data) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes, the most that such a file may have", path)
+    return data
 
 
 def open_range(path: str, begin: int, length: int) -> bytes:

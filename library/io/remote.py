@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from library.config.messages import holds_secret, without_secrets
+
 _LONGEST_REASON = 300
 _STAMPS = ("ETag", "etag", "e_tag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "updated")
 """What fsspec's file systems call the thing that changes when a file does, the most reliable first."""
@@ -63,6 +65,12 @@ def storage_of(url: str) -> tuple[Storage, str]:
     Raises:
         OSError: The scheme is unknown, or its package isn't installed.
     """
+    if holds_secret(url):
+        raise OSError(
+            errno.EINVAL,
+            "the address has a login or a signature in it, which would be written into caches and logs; give them in "
+            "environment variables or in the storage's own configuration",
+        )
     scheme, _, rest = url.partition("://")
     host, _, key = rest.partition("/")
     return _open(scheme.lower(), host, os.getpid()), key
@@ -240,7 +248,9 @@ def _profile(environment: Mapping[str, str]) -> dict[str, str]:
         try:
             parser.read(file, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise OSError(errno.EINVAL, f"{file}: {_one_line(error)}") from None
+            line = getattr(error, "lineno", None)  # its text quotes the line, which may be a key
+            where = f", line {line}" if line else ""
+            raise OSError(errno.EINVAL, f"{file}{where}: not of the form that the AWS tools write") from None
         if parser.has_section(section):
             values |= dict(parser.items(section))
     wanted = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region", "endpoint_url")
@@ -259,7 +269,7 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _as_os_error(error: Exception, path: str) -> OSError:
-    text = str(error)
+    text = without_secrets(str(error))
     code, message = re.search(r"<Code>(.*?)</Code>", text), re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
     if code is not None and code[1] == "NoSuchBucket":
         return OSError(errno.ENOENT, "no such bucket", path)
@@ -280,5 +290,5 @@ def _as_os_error(error: Exception, path: str) -> OSError:
 
 def _one_line(text: object) -> str:
     """The first paragraph, on one line; what follows are a library's own notes."""
-    line = " ".join(str(text).strip().split("\n\n")[0].split())
+    line = " ".join(without_secrets(str(text)).strip().split("\n\n")[0].split())
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."

@@ -4,7 +4,7 @@ import json
 import math
 import mmap as memory_map
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -145,6 +145,34 @@ def save_tensors(
         ValueError: A number isn't finite (after conversion: fp16 overflows beyond 65504), a metadata value isn't a
             string, or a tensor has no data or a type that the format doesn't know.
     """
+
+    def checked(name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            raise ValueError(f"{name} has numbers that are not finite; {path} is not written")
+
+    _write(tensors, path, metadata, dtype, checked)
+
+
+def save_as_it_is(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """This writes a safetensors file for finding out what went wrong: numbers that aren't finite are welcome.
+
+    Args:
+        tensors: What to write, by name.
+        path: The file; it is replaced only when the new one is complete.
+
+    Raises:
+        ValueError: A tensor has no data or a type that the format doesn't know.
+    """
+    _write(tensors, path, {}, None, lambda name, tensor: None)
+
+
+def _write(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+    check: Callable[[str, Tensor], None],
+) -> None:
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise ValueError(f"metadata values must be strings; {', '.join(sorted(wrong))} of {path} are not")
     stored = {name: dtype if dtype is not None and t.is_floating_point() else t.dtype for name, t in tensors.items()}
@@ -157,8 +185,7 @@ def save_tensors(
         file.write(_header_bytes(tensors, stored, order, metadata))
         for name in order:
             tensor = tensors[name].detach().to(stored[name])
-            if not is_finite(tensor):
-                raise ValueError(f"{name} has numbers that are not finite; {path} is not written")
+            check(name, tensor)
             file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 

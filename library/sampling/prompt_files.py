@@ -7,14 +7,23 @@ hyphens and a name after white space; anything else is text. Nothing is guessed,
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.config.config_file import read_toml
+from library.config.documents import MOST_TOML_BYTES, parse_json, read_text
 from library.config.errors import ConfigError, nearest_name
+from library.config.messages import name_shown, shown
 from library.config.sampling import SAMPLERS
+
+_MOST_PROMPTS = 100_000
+_LONGEST_NAME = 150
+"""Characters of what becomes part of a file name."""
+
+_MOST_VALUES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ def read_entries(path: str | Path) -> list[PromptEntry]:
     entries = readers[path.suffix.lower()](path)
     if not entries:
         raise ConfigError(f"{path}: no prompts in it; write one per line")
+    if len(entries) > _MOST_PROMPTS:
+        raise ConfigError(f"{path}: {len(entries):,} prompts; a file may have {_MOST_PROMPTS:,}")
     return entries
 
 
@@ -63,7 +74,12 @@ def given_fields(entry: PromptEntry) -> dict[str, Any]:
 
 
 def _checked_name(entry: PromptEntry) -> str:
-    if re.search(r'[/\\:*?"<>|\x00-\x1f]', entry.name) or entry.name.startswith("."):
+    if (
+        re.search(r'[/\\:*?"<>|\x00-\x1f]', entry.name)
+        or len(entry.name) > _LONGEST_NAME
+        or not _can_be_written(entry.name)
+        or entry.name.startswith(".")
+    ):
         raise ConfigError(
             f'{entry.where}: the name becomes part of a file name; leave out a dot at the start and / \\ : * ? " < > |'
         )
@@ -84,14 +100,23 @@ class _Key:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "\x00" in value or not _can_be_written(value):
         raise ValueError("text")
     return value
 
 
+def _can_be_written(text: str) -> bool:
+    """Whether it has no half of a character, which JSON's escapes can name."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def convert(value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value):
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,30}", value):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"a whole number from {low} to {high}")
@@ -103,7 +128,7 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
 def _number(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
         raise ValueError("a number of at least 0")
@@ -111,7 +136,7 @@ def _number(value: Any) -> float:
 
 
 def _sampler(value: Any) -> str:
-    if value not in SAMPLERS:
+    if not isinstance(value, str) or value not in SAMPLERS:
         raise ValueError(f"one of {', '.join(SAMPLERS)}")
     return str(value)
 
@@ -158,13 +183,13 @@ def _inline(line: str, where: str) -> dict[str, Any]:
     prompt = line[: found[0].start()] if found else line
     if not prompt.strip():
         raise ConfigError(f"{where}: the prompt is missing; write it before the options")
-    said: dict[str, Any] = {"prompt": prompt.strip()}
+    said: dict[str, Any] = {"prompt": _converted("prompt", prompt.strip(), f"{where}: the prompt")}
     for match, following in zip(found, [*found[1:], None]):
         name = match.group(1)
         if name in _REFUSED:
             raise ConfigError(f"{where}: --{name} does nothing: {_REFUSED[name]}")
         if name not in _INLINE:
-            raise ConfigError(f"{where}: unknown option --{name}{_inline_hint(name)}")
+            raise ConfigError(f"{where}: unknown option --{name_shown(name)}{_inline_hint(name)}")
         key = _INLINE[name]
         if _KEYS[key].field in said:
             raise ConfigError(f"{where}: --{name} stands twice; keep one")
@@ -190,7 +215,7 @@ def _from_keys(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key not in _KEYS:
             near = nearest_name(key, _KEYS)
             hint = f"did you mean {near}?" if near else f"known are {', '.join(_KEYS)}"
-            raise ConfigError(f"{where}: unknown key {key}; {hint}")
+            raise ConfigError(f"{where}: unknown key {name_shown(key)}; {hint}")
     if "prompt" not in table:
         raise ConfigError(f"{where}: the key prompt is missing")
     return {_KEYS[key].field: _converted(key, value, f"{where}: {key}", inline=False) for key, value in table.items()}
@@ -203,18 +228,11 @@ def _converted(key: str, value: Any, where: str, *, inline: bool = True) -> Any:
             return _KEYS[key].convert(None)
         return _KEYS[key].convert(value)
     except ValueError as error:
-        raise ConfigError(f"{where}: expected {error}, got {value!r}") from None
+        raise ConfigError(f"{where}: expected {error}, got {shown(value)}") from None
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    return read_text(path, MOST_TOML_BYTES, kind="a prompt file")
 
 
 def _txt_entries(path: Path) -> list[PromptEntry]:
@@ -225,7 +243,9 @@ def _txt_entries(path: Path) -> list[PromptEntry]:
 def _toml_entries(path: Path) -> list[PromptEntry]:
     document = read_toml(path)
     if unknown := set(document) - {"prompt"}:
-        raise ConfigError(f"{path.name}: unknown table {sorted(unknown)[0]}; prompts stand in [[prompt.subset]]")
+        raise ConfigError(
+            f"{path.name}: unknown table {name_shown(sorted(unknown)[0])}; prompts stand in [[prompt.subset]]"
+        )
     shared = document.get("prompt", {})
     if not isinstance(shared, dict):
         raise ConfigError(f"{path.name}: prompt must be one table [prompt] with [[prompt.subset]] in it")
@@ -240,13 +260,14 @@ def _toml_entries(path: Path) -> list[PromptEntry]:
 def _json_entries(path: Path) -> list[PromptEntry]:
     def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        if len(set(names)) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
             raise ConfigError(f"{path.name}: {_quoted(twice)} stands twice; rename or remove one")
         return dict(pairs)
 
     try:
-        document = json.loads(_read_text(path), object_pairs_hook=without_twins)
-    except json.JSONDecodeError as error:
+        document = parse_json(_read_text(path), most_values=_MOST_VALUES, pairs=without_twins)
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     prompts = document.values() if isinstance(document, dict) else document
     is_list = isinstance(document, dict | list) and all(isinstance(entry, str | dict) for entry in prompts)
@@ -260,4 +281,4 @@ def _json_entries(path: Path) -> list[PromptEntry]:
 
 
 def _quoted(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)
+    return json.dumps(name_shown(name), ensure_ascii=False)

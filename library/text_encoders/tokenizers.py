@@ -6,7 +6,6 @@ loaded: the start-up report asks what a window keeps before a model is there.
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.config.documents import MOST_JSON_BYTES, parse_json, read_text, size_text
 from library.config.errors import ConfigError
 from library.config.model import ModelConfig
 
@@ -32,6 +32,9 @@ CLIP_LENGTH = 77
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 _GEMMA_START = "<bos>"
 _CHUNK = 256
+_MOST_VALUES = 10_000_000
+"""Of a tokenizer.json; Gemma's has two millions."""
+
 _MOST_THREADS = 8
 
 
@@ -275,6 +278,9 @@ def _windowed(backend: "Tokenizer", length: int, pad_id: int) -> CaptionTokenize
 
 
 def _readable(load: "Callable[[], Tokenizer]", folder: Path) -> "Tokenizer":
+    for path in (folder / name for name in _FILES):
+        if path.is_file() and path.stat().st_size > MOST_JSON_BYTES:
+            raise ConfigError(f"{path} is larger than any tokenizer ({size_text(MOST_JSON_BYTES)}); replace the file")
     # The tokenizers package raises bare Exception for files it can't parse.
     try:
         return load()
@@ -294,7 +300,7 @@ def _model(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = parse_json(read_text(path, MOST_JSON_BYTES, kind="a tokenizer"), most_values=_MOST_VALUES)["model"]
         model["type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a tokenizer; replace the file") from error

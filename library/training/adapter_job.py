@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.io.safetensors import save_tensors
@@ -70,7 +71,10 @@ class AdapterJob:
             tensors = {name: _for_saving(tensor, dtype) for name, tensor in tensors.items()}
             known = {**facts, "sshs_model_hash": tensor_hash(tensors)}
             metadata = {**checkpoint_metadata(run, done, known, kind="/lora"), **format_metadata}
-            save_tensors(tensors, path, metadata)
+            try:
+                save_tensors(tensors, path, metadata)
+            except ValueError as error:  # fp16 has no number above 65504
+                raise ConfigError(f"the adapter can't be saved: {error}; use another --save_precision") from error
             written.append(path)
         return written
 

@@ -1,5 +1,6 @@
 """What can be wrong with a run that only torch can see: found before any weight is loaded, and told all at once."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
 from library.training.schedules import create_schedule
-from library.training.states import refuse_other_weights
+from library.training.sharding_settings import asked_sharding
 from library.training.trackers import check_packages
 from library.training.updates import check_updates
 
@@ -40,6 +41,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         lambda: attention_function(config.memory.attention_backend),
         lambda: _try_optimizer(config),
         lambda: check_updates(config),
+        lambda: asked_sharding(config, os.environ),
         lambda: job.check(config, family),
         lambda: _rehearse(config, family),
     )
@@ -70,6 +72,4 @@ def _try_optimizer(config: RunConfig) -> None:
 
 def _rehearse(config: RunConfig, family: ModelFamily) -> None:
     """Make what is trained on the meta device."""
-    trainable = job_of(config).rehearse(config, family)
-    if config.training.resume:
-        refuse_other_weights(config.training.resume, trainable)
+    job_of(config).rehearse(config, family)

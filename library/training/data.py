@@ -24,6 +24,7 @@ from library.io.places import join
 from library.records import Batch, Sample, TensorRecord
 from library.training.caching import cache_latents, cache_texts
 from library.training.read_pictures import LatentItem
+from library.training.sharding import padded
 from library.training.validation import Validation
 
 
@@ -184,11 +185,16 @@ def captions_of(config: RunConfig, discovery: Discovery) -> set[str]:
 
 
 def own_micro_batches(
-    plan: BatchPlan, first_step: int, max_steps: int, *, rank: int, accumulation: int
+    plan: BatchPlan, first_step: int, max_steps: int, *, rank: int, accumulation: int, together: bool
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches from ``first_step`` on."""
+    """This process's micro-batches from ``first_step`` on.
+
+    Where the processes work ``together``, those with fewer in a step do some of the step's other ones along.
+    """
     for step in range(first_step, max_steps):
-        yield from plan.step(step)[rank * accumulation : (rank + 1) * accumulation]
+        micro_batches = plan.step(step)
+        own = micro_batches[rank * accumulation : (rank + 1) * accumulation]
+        yield from padded(own, micro_batches, min(accumulation, len(micro_batches))) if together else own
 
 
 def loader(

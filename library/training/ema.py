@@ -6,6 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from library.training.shards import own_part
 
 
 class WeightAverage:
@@ -23,8 +26,8 @@ class WeightAverage:
         self._decay = decay
         self.updates = 0
         self._averages = {
-            name: parameter.detach().to("cpu" if on_host else parameter.device, torch.float32, copy=True)
-            for name, parameter in parameters.items()
+            name: part.to("cpu" if on_host else part.device, torch.float32, copy=True)
+            for name, part in self._own_parts().items()
         }
         self._staged = {name: self._stage(name) for name in parameters} if on_host else {}
         self._thread = ThreadPoolExecutor(1, "average") if on_host else None
@@ -42,13 +45,13 @@ class WeightAverage:
         share = 1 - self.next_decay
         self.updates += 1
         if self._thread is None:
-            _blend(self._averages, self._parameters, share)
+            _blend(self._averages, self._own_parts(), share)
             return
         arrived = self._copy_out()
         self._pending = self._thread.submit(self._take_in, share, arrived)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average by name, fp32."""
+        """The average by name, fp32; of weights that are spread over processes, this one's part."""
         self._settle()
         return dict(self._averages)
 
@@ -87,6 +90,15 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def _shown_beside(self) -> Iterator[None]:
+        if any(isinstance(parameter, DTensor) for parameter in self._parameters.values()):
+            # what gathers them reads their memory: the values must change there
+            parts = {name: part.clone() for name, part in self._own_parts().items()}
+            self._put_in(self._averages)
+            try:
+                yield
+            finally:
+                self._put_in(parts)
+            return
         kept = {name: parameter.data for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             parameter.data = self._averages[name].to(parameter.dtype)
@@ -97,22 +109,25 @@ class WeightAverage:
                 parameter.data = kept[name]
 
     def _stage(self, name: str) -> Tensor:
-        parameter = self._parameters[name]
-        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+        part = own_part(self._parameters[name])
+        return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+
+    def _own_parts(self) -> dict[str, Tensor]:
+        return {name: own_part(parameter) for name, parameter in self._parameters.items()}
 
     def _copy_out(self) -> torch.cuda.Event | None:
         """Starts the copy of the parameters to the host; returns what tells that it is there, None if it is."""
         on_gpu = False
-        for name, parameter in self._parameters.items():
+        for name, part in self._own_parts().items():
             # only a copy to pinned memory can be waited for; others must be there when copy_ returns
-            self._staged[name].copy_(parameter.detach(), non_blocking=parameter.is_cuda)
-            on_gpu = on_gpu or parameter.is_cuda
+            self._staged[name].copy_(part, non_blocking=part.is_cuda)
+            on_gpu = on_gpu or part.is_cuda
         return torch.cuda.current_stream().record_event() if on_gpu else None
 
     @torch.no_grad()
     def _put_in(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+        for name, part in self._own_parts().items():
+            part.copy_(values[name])
 
     def _take_in(self, share: float, arrived: torch.cuda.Event | None) -> None:
         if arrived is not None:

@@ -86,13 +86,7 @@ def prepare_text(
 
     @functools.cache
     def encoders() -> dict[str, nn.Module]:
-        log.info("loading the text encoders")
-        loaded = family.load_text_encoders(device=accelerator.device, dtype=precision.frozen)
-        for name, dtype in (trained or {}).items():  # read anew, so that nothing is lost to a narrower type
-            if dtype != precision.frozen:
-                loaded |= family.load_text_encoders(device=accelerator.device, dtype=dtype, names=[name])
-        merge_base_weights(config, family, loaded)
-        return loaded
+        return load_encoders(config, family, precision, accelerator.device, trained or {})
 
     if not config.caching.cache_text_encoder_outputs:
         return TextSide(encoders=encoders())
@@ -110,6 +104,23 @@ def prepare_text(
         encoders.cache_clear()
         release_memory()
     return TextSide(store=store, signature=signature, prompts=stored)
+
+
+def load_encoders(
+    config: RunConfig,
+    family: ModelFamily,
+    precision: Precision,
+    device: torch.device,
+    trained: Mapping[str, torch.dtype],
+) -> dict[str, nn.Module]:
+    """The text encoders by name, on ``device``; those in ``trained`` in the type given there."""
+    log.info("loading the text encoders")
+    loaded = family.load_text_encoders(device=device, dtype=precision.frozen)
+    for name, dtype in trained.items():  # read anew, so that nothing is lost to a narrower type
+        if dtype != precision.frozen:
+            loaded |= family.load_text_encoders(device=device, dtype=dtype, names=[name])
+    merge_base_weights(config, family, loaded)
+    return loaded
 
 
 def prompt_readers(

@@ -14,6 +14,7 @@ from library.training.full_model import DENOISER, FullModel, text_encoder_rates
 from library.training.metadata import checkpoint_metadata
 from library.training.precision import Precision
 from library.training.run import Run
+from library.training.shards import gathered
 
 
 class FullJob:
@@ -49,10 +50,14 @@ class FullJob:
         saving, full = run.config.saving, run.config.full
         assert full is not None
         layout, folder = saving.save_model_as, Path(saving.output_dir)
+        weights = run.trainable.component_weights()
+        if run.sharded:
+            weights = {name: gathered(tensors) for name, tensors in weights.items()}
+        if not run.accelerator.is_main_process:  # it has given its parts
+            return []
         metadata = checkpoint_metadata(run, done, facts, kind="")
 
         def write(path: Path) -> None:
-            weights = run.trainable.component_weights()
             try:
                 run.family.write_model(weights, path, metadata, layout=layout, parts=full.save_parts, dtype=dtype)
             except ValueError as error:  # fp16 has no number above 65504

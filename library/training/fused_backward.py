@@ -57,7 +57,7 @@ class FusedBackward:
         self._step, self._samples = step, tuple(samples)
         self._norms.zero_()
         if not math.isfinite(value := loss.item()):
-            raise self._refusal(f"loss is {value}", "Nothing of this step was applied or saved")
+            raise self._refusal(f"loss is {value}", "Nothing of this step was applied or saved", value)
 
     def finish(self) -> Tensor:
         """End the step after its backward pass; returns the norm of all gradients together, on the host."""
@@ -86,17 +86,21 @@ class FusedBackward:
             arrived.norm_copied.synchronize()
         if not math.isfinite(norm := self._norms[arrived.number].item()):
             self._waiting.clear()
+            self.one_by_one.finish()
             raise self._refusal(
                 f"gradient of {self.names[arrived.number]} is {norm}",
                 "It was not applied; weights whose gradients came before it have stepped, and nothing is saved",
+                norm,
+                self.names[arrived.number],
             )
         self.one_by_one.step(self.parameters[arrived.number], arrived.gradient, self._step)
 
-    def _refusal(self, what: str, state: str) -> NonFiniteLoss:
-        return NonFiniteLoss(
+    def _refusal(self, what: str, state: str, value: float, parameter: str | None = None) -> NonFiniteLoss:
+        message = (
             f"step {self._step + 1}: the {what}; samples: {', '.join(self._samples)}. {state}. Lower --learning_rate, "
             "or look at these pictures"
         )
+        return NonFiniteLoss(message, value, parameter)
 
 
 def refuse_processes(processes: int) -> None:

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from library.training.run import Run
+from library.training.shards import clip_gradients
+from library.training.step_run import StepRun
 
 _BUNDLE_NUMBERS = 1 << 24
 
@@ -46,7 +47,10 @@ def bundles(parameters: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Pa
         yield bundle
 
 
-def gradient_norm(run: Run, parameters: list[nn.Parameter]) -> Tensor:
+def gradient_norm(run: StepRun, parameters: list[nn.Parameter]) -> Tensor:
     """The norm of all gradients together before clipping; clips them to ``--max_grad_norm`` when it is above 0."""
     limit = run.config.optimizer.max_grad_norm or math.inf
+    if run.sharded:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return clip_gradients(gradients, limit, run.device)
     return run.accelerator.clip_grad_norm_(parameters, limit)

@@ -1,50 +1,27 @@
-"""What happens after optimizer steps: weight norms, logging, validation, samples, saving."""
+"""What happens after optimizer steps, saving apart: weight norms, the average, logging, validation, samples."""
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from library.config.sampling import SkipLayerGuidance
 from library.records import TensorRecord
 from library.sampling.drawing import draw
-from library.sampling.pictures import encode_prompts
+from library.sampling.pictures import encode_prompts, generate
 from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptRequest, PromptText
+from library.training.due import always, every, unless_dropped
 from library.training.ema import WeightAverage
-from library.training.rotation import remove_old
 from library.training.run import Run, StepHook
-from library.training.saved_weights import RAW, averaged_weights, epoch_name, save_weights, step_name
-from library.training.states import save_state
+from library.training.save_errors import could_not_write
+from library.training.saved_weights import RAW, averaged_weights
+from library.training.sharding import looking
 from library.training.validation import Validation
 
-Due = Callable[[Run, int], bool]
-
-
-def every(steps: int | None, epochs: int | None) -> Due:
-    """Due every so many steps, or at the end of every so many epochs; None: never."""
-
-    def due(run: Run, done: int) -> bool:
-        at_step = steps is not None and done % steps == 0
-        return at_step or (epochs is not None and run.epoch_ended(done) and run.epoch_number(done) % epochs == 0)
-
-    return due
-
-
-def always(run: Run, done: int) -> bool:
-    """Due after every step."""
-    return True
-
-
-def at_end(run: Run, done: int) -> bool:
-    """Due after the last step."""
-    return done == run.max_steps
-
-
-def before_end(due: Due) -> Due:
-    """Due when ``due`` is, the last step apart, which the final save covers."""
-    return lambda run, done: done != run.max_steps and due(run, done)
+log = logging.getLogger(__name__)
 
 
 def scale_weight_norms(limit: float) -> StepHook:
@@ -60,21 +37,24 @@ def scale_weight_norms(limit: float) -> StepHook:
             }
         )
 
-    return StepHook(always, act)
+    return StepHook(unless_dropped(always), act)
 
 
 def average(average: WeightAverage, interval: int) -> StepHook:
     """Take the weights into their moving average every ``interval`` optimizer steps."""
-    return StepHook(every(interval, None), lambda run, done: average.update())
+    return StepHook(unless_dropped(every(interval, None)), lambda run, done: average.update())
 
 
 def looks(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     """The ways to look at the weights: what goes after names, and a context in which the weights are those."""
     mode = run.config.ema.ema_validation if run.average is not None else "ema_only"
+    shown: list[tuple[str, AbstractContextManager[None]]] = []
     if mode != "none":
-        yield "", averaged_weights(run)
+        shown.append(("", averaged_weights(run)))
     if mode != "ema_only":
-        yield RAW if mode == "comparison" else "", nullcontext()
+        shown.append((RAW if mode == "comparison" else "", nullcontext()))
+    for suffix, weights in shown:
+        yield suffix, looking(run.trainable, weights) if run.sharded else weights
 
 
 def log_numbers() -> StepHook:
@@ -83,63 +63,16 @@ def log_numbers() -> StepHook:
     def act(run: Run, done: int) -> None:
         numbers = dict(run.step_numbers)
         loss = numbers.pop("loss")
-        run.history.add(loss)
+        if math.isfinite(loss):
+            run.history.add(loss)
         logged = {"loss/current": loss, "loss/average": run.history.smoothed, **numbers}
         if run.epoch_ended(done):
             logged["loss/epoch_average"] = run.history.epoch_average
             run.history.end_epoch()
-        logged = {key: value for key, value in logged.items() if math.isfinite(value)}
         samples = run.plan.step(done - 1)[0].step_samples
         run.trackers.log_step(done, run.epoch_number(done), logged, samples=samples)
 
     return StepHook(always, act)
-
-
-def save(due: Due, *, name: Callable[[Run, int], str], weights: bool, state: bool) -> StepHook:
-    """Write weights, the run state, or both, then drop what the rotation no longer keeps."""
-
-    def act(run: Run, done: int) -> None:
-        started = time.monotonic()
-        stem = name(run, done)
-        if weights:
-            for path in save_weights(run, stem, done):
-                run.trackers.say(f"saved {path}")
-        if state and (folder := save_state(run, stem, done)):
-            run.trackers.say(f"saved {folder}; resume with --resume {folder}")
-        remove_old(run, done)
-        run.accelerator.wait_for_everyone()
-        run.trackers.pause_clock(time.monotonic() - started)
-
-    return StepHook(due, act)
-
-
-def saving_hooks(run: Run) -> list[StepHook]:
-    """The hooks that ``--save_*`` ask for; the final weights are always written."""
-    saving, hooks = run.config.saving, []
-    every_epochs = saving.save_every_n_epochs
-    if saving.save_n_epoch_ratio and not every_epochs:
-        every_epochs = max(1, run.epoch_number(run.max_steps) // saving.save_n_epoch_ratio)
-    if saving.save_every_n_steps:
-        hooks.append(
-            save(
-                before_end(every(saving.save_every_n_steps, None)),
-                name=lambda run, done: step_name(saving, done),
-                weights=True,
-                state=saving.save_state,
-            )
-        )
-    if every_epochs:
-        hooks.append(
-            save(
-                before_end(every(None, every_epochs)),
-                name=lambda run, done: epoch_name(saving, run.epoch_number(done)),
-                weights=True,
-                state=saving.save_state,
-            )
-        )
-    final_state = saving.save_state or saving.save_state_on_train_end
-    hooks.append(save(at_end, name=lambda run, done: saving.output_name, weights=True, state=final_state))
-    return hooks
 
 
 class SampleTaker:
@@ -156,10 +89,12 @@ class SampleTaker:
         self._previews: Previews | None = None
 
     def take(self, run: Run, done: int, label: str) -> list[Path]:
-        """Draw this process's share of the prompts; returns the pictures' files."""
+        """Draw this process's share of the prompts; returns the pictures' files.
+
+        A picture that can't be written is left out with a warning: nothing that follows needs it.
+        """
         started = time.monotonic()
         folder = Path(run.config.saving.output_dir) / "sample"
-        folder.mkdir(parents=True, exist_ok=True)
         assert run.vae is not None
         vae_device = next(run.vae.parameters()).device
         run.trainable.eval()
@@ -181,25 +116,43 @@ class SampleTaker:
         texts = self.texts or encode_prompts(run.text, run.text_encoders, self.requests)
         written = []
         for index, request in enumerate(self.requests):
-            if index % run.accelerator.num_processes != run.accelerator.process_index:
+            if run.sharded and not run.accelerator.is_main_process:
+                self._draw_along(run, texts, request)
+                continue
+            if not run.sharded and index % run.accelerator.num_processes != run.accelerator.process_index:
                 continue
             path = folder / f"{stem}_{index:02d}_{request.file_stem}.png"
-            with run.accelerator.autocast():
-                draw(
-                    run.family,
-                    run.denoiser,
-                    run.vae,
-                    texts,
-                    request,
-                    path,
-                    device=run.device,
-                    dtype=run.weight_dtype,
-                    skip=self.skip,
-                    previews=self._previews,
-                    facts={},
-                )
+            try:
+                self._draw_one(run, texts, request, path)
+            except OSError as error:
+                log.warning("the sample %s; training goes on", could_not_write(error, path))
+                continue
             written.append(path)
         return written
+
+    def _draw_one(self, run: Run, texts: Mapping[PromptText, TensorRecord], request: PromptRequest, path: Path) -> None:
+        assert run.vae is not None
+        with run.accelerator.autocast():
+            draw(
+                run.family,
+                run.denoiser,
+                run.vae,
+                texts,
+                request,
+                path,
+                device=run.device,
+                dtype=run.weight_dtype,
+                skip=self.skip,
+                previews=self._previews,
+                facts={},
+            )
+
+    def _draw_along(self, run: Run, texts: Mapping[PromptText, TensorRecord], request: PromptRequest) -> None:
+        """Do what the main process does to draw a picture, which takes this process's part of the weights."""
+        assert run.vae is not None
+        device, dtype = run.device, run.weight_dtype
+        with run.accelerator.autocast():
+            generate(run.family, run.denoiser, run.vae, texts, request, device=device, dtype=dtype, skip=self.skip)
 
 
 def take_samples(taker: SampleTaker, *, steps: int | None, epochs: int | None) -> StepHook:

@@ -1,17 +1,23 @@
 """The loop."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from library.records import Batch
+from library.training.bundle import StepNumbers, write_bundle
 from library.training.gradients import gradient_norm, sum_gradients
-from library.training.non_finite import refuse_non_finite
+from library.training.non_finite import NonFiniteLoss
+from library.training.on_non_finite import FailedStep, is_failed, meet
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
 from library.training.saved_weights import step_name
 from library.training.schedules import current_learning_rates
+from library.training.sharding import to_propagate
 from library.training.states import save_state
 from library.training.step import MicroBatchLoss, training_loss
+from library.training.stopping import STOP_CODES
 
 
 def train(run: Run) -> None:
@@ -39,39 +45,63 @@ def save_for_later(run: Run, done: int) -> None:
 
 
 def optimize(run: Run, step: int) -> None:
-    """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers."""
+    """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers.
+
+    The batches are kept until it is known whether the step's numbers are finite.
+    """
     sums = torch.zeros(5, device=run.device)
-    samples: list[str] = []
+    batches: list[Batch] = []
     mine, step_samples = own_share(run, step)
-    for _ in range(mine):  # accumulation is data, not control flow
-        batch = next(run.batches)
-        share = training_loss(run, batch, step_samples=step_samples)
-        sums += loss_sums(batch, share)
-        samples.extend(batch.keys)
-        if run.fused_backward is not None:
-            run.fused_backward.start(step, share.loss, samples)
-        run.accelerator.backward(share.loss)
-    if run.fused_backward is not None:
-        norm = run.fused_backward.finish()
-    else:
-        parameters = run.parameters
-        sum_gradients(parameters, run.accelerator)
-        norm = gradient_norm(run, parameters)
-    asked = run.stopper.exit_code
-    sums = torch.cat([sums, torch.tensor([asked, asked > 0], device=run.device, dtype=sums.dtype)])
-    loss, *of_kinds, codes, asking = run.accelerator.reduce(sums, reduction="sum").tolist()
-    run.stop_code = asked or (round(codes / asking) if asking else 0)
+    refused = None
+    try:
+        for number in range(passes(run, step)):  # accumulation is data, not control flow
+            batch = next(run.batches)
+            share = training_loss(run, batch, step_samples=step_samples)
+            if counts := number < mine:
+                batches.append(batch)
+                sums += loss_sums(batch, share)
+            if run.fused_backward is not None:
+                run.fused_backward.start(step, share.loss, [key for batch in batches for key in batch.keys])
+            propagated = share.loss
+            if run.sharded:
+                propagated = to_propagate(share.loss, run.accelerator.num_processes, counts=counts)
+            run.accelerator.backward(propagated)
+        norm = finish_gradients(run)
+    except NonFiniteLoss as error:  # of fused backward, which looks at each gradient
+        refused, norm = error, torch.tensor(math.nan)
+    asked = [run.stopper.exit_code == code for code in STOP_CODES]
+    of_process = torch.tensor(asked, device=run.device, dtype=sums.dtype)
+    infinite = (~norm.isfinite()).to(sums).reshape(1)
+    sums = torch.cat([sums, of_process, infinite])
+    loss, *others, infinite_norms = run.accelerator.reduce(sums, reduction="sum").tolist()
+    of_kinds, asking = others[:4], others[4:]
+    run.stop_code = next((code for code, processes in zip(STOP_CODES, asking) if processes), 0)
     rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
     run.step_numbers = {"loss": loss, "gradient_norm": norm.item()}
     for name, total, count in zip(("loss/regularisation", "loss/prior"), of_kinds[::2], of_kinds[1::2]):
         if count:
             run.step_numbers[name] = total / count
     run.step_numbers.update({f"lr/{name}": rate for name, rate in rates.items()})
-    refuse_non_finite(run, step, samples)
-    if run.fused_backward is None:
-        update_weights(run, step)
+    if is_failed(run, infinite_norms=infinite_norms):
+        meet(run, FailedStep(step, batches, step_samples, refused))
+    else:
+        if step + 1 == run.config.training.replay_bundle_at_step:
+            numbers = StepNumbers(loss, run.step_numbers["gradient_norm"])
+            run.trackers.say(write_bundle(run, "replay", step, batches, numbers, weights_are_of_before=True))
+        if run.fused_backward is None:
+            update_weights(run, step)
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
+
+
+def finish_gradients(run: Run) -> Tensor:
+    """Sum the step's gradients over processes and clip them, unless they are used up already; returns their norm."""
+    if run.fused_backward is not None:
+        return run.fused_backward.finish()
+    parameters = run.parameters
+    if not run.sharded:  # else they are summed where they arise
+        sum_gradients(parameters, run.accelerator)
+    return gradient_norm(run, parameters)
 
 
 def update_weights(run: Run, step: int) -> None:
@@ -98,6 +128,12 @@ def loss_sums(batch: Batch, share: MicroBatchLoss) -> Tensor:
             rows = rows.to(sums.device, non_blocking=True)
             sums[place], sums[place + 1] = share.per_sample.where(rows, 0).sum(), rows.sum()
     return sums
+
+
+def passes(run: Run, step: int) -> int:
+    """How many micro-batches of the step this process does; with a sharded model all do as many as the busiest."""
+    busiest = min(run.config.training.gradient_accumulation_steps, len(run.plan.step(step)))
+    return busiest if run.sharded else own_share(run, step)[0]
 
 
 def own_share(run: Run, step: int) -> tuple[int, int]:

@@ -170,6 +170,9 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ValueError: The state is another optimizer's, or of other parameters.
     """
     optimizer.load_state_dict(state)
+    # bitsandbytes leaves the state where it was read, and moves it at its first step only
+    if hasattr(optimizer, "to_gpu"):
+        optimizer.to_gpu()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for parameter, number in zip(parameters, numbers):

@@ -1,76 +1,116 @@
 """Whether a configuration goes on with the run that a state was saved from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from library.config.errors import ConfigError
-from library.config.options import option_values
+from library.config.options import Option, option_values
 from library.config.run import RunConfig
+from library.training.data_summary import data_changes
+from library.training.resume_from import Resumed
 
-# What the optimizer's state and the adapter's tensors hold already, whatever is typed now.
-_FIXED_GROUPS = ("network", "full", "optimizer")
+# What may change: it acts from here on, and what was done before is as if it had always been so.
+_FREE_GROUPS = {"model", "validation", "sampling", "saving", "logging"}
 _FREE_OPTIONS = {
-    "max_grad_norm",
-    "scale_weight_norms",
-    "save_format",
-    "save_parts",
-    "network_weights",
-    "lr_decay_steps",
+    *("learning_rate", "unet_lr", "text_encoder_lr", "lr_decay_steps"),
+    *("save_format", "save_parts", "network_weights"),
+    *("max_train_steps", "max_train_epochs", "max_train_seconds", "ddp_timeout"),
+    *("gradient_accumulation_steps", "resume", "resume_anyway", "seed"),  # steps and the seed are compared themselves
+    *("ema_device", "ema_validation", "ema_save_raw"),
+    *("max_data_loader_n_workers", "persistent_data_loader_workers"),
+    *("skip_bad_images", "report_near_duplicates", "masked_loss"),
+    *("dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"),
+    *("clip_l", "clip_g", "t5xxl", "gemma", "base_weights"),  # files: what is in them is compared
 }
-# What may change the numbers that come, but can be changed on purpose.
-_NOTED_GROUPS = ("family", "flow", "loss", "data", "pictures", "captions", "ema")
-_NOTED_OPTIONS = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding", "caption_variants"}
-_UNIMPORTANT_OPTIONS = {
-    "max_data_loader_n_workers",
-    "persistent_data_loader_workers",
-    "skip_bad_images",
-    "report_near_duplicates",
-    "masked_loss",
-    "dataset_config",
-    "ema_device",
-    "ema_validation",
-    "ema_save_raw",
-}
+_COMPARED_CACHING = {"caption_variants", "no_half_vae"}
+_COMPARED_MEMORY = {"base_model_precision"}
+_COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding"}
+
+# These describe data, and the datasets that come of them are compared; apart from what acts in the loss.
+_DATA_GROUPS = {"data", "pictures", "captions"}
+_LOSS_OPTIONS = {"prior_loss_weight", "masked_loss_normalize"}
+
+_OPTIMIZER_NAMES = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 
 
-def changes_since(config: RunConfig, folder: str, progress: Mapping[str, Any], fingerprint: str) -> list[str]:
-    """What differs from the run that the state was saved from and may change its further course, one line each.
+def changes_since(
+    config: RunConfig,
+    resumed: Resumed,
+    *,
+    weights: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    fingerprint: str | None = None,
+) -> list[str]:
+    """What differs from the run that the state was saved from and changes what comes out, each with both values.
 
     Args:
         config: Of the run that goes on.
-        folder: The state, for messages.
-        progress: Its light part.
-        fingerprint: Of the plan now.
+        resumed: The state.
+        weights: The identity of each part of the base model now; None: not known here.
+        data: The summary of the data now; None: not known here.
+        fingerprint: Of the plan now; None: not known here.
 
     Raises:
-        ConfigError: Options differ that the state has settled.
+        ConfigError: Something differs that can't be gone on with, or something differs without ``--resume_anyway``.
     """
+    progress = resumed.progress
+    other_optimizer = list(_optimizer_change(config, progress["settings"]))
+    changes = [*other_optimizer, *_option_changes(config, progress)]
+    if config.training.seed is not None and config.training.seed != progress["seed"]:
+        changes.append(f"--seed {config.training.seed} (the state: {progress['seed']})")
+    if weights is not None and "weights" in progress:
+        changes += _weight_changes(weights, progress["weights"])
+    if data is not None and "data" in progress:
+        changes += data_changes(data, progress["data"])
+    if fingerprint is not None and fingerprint != progress["plan"] and not changes:
+        changes.append(f"pictures, buckets or batches, with the hash {fingerprint} (the state: {progress['plan']})")
+    if other_optimizer or (changes and not config.training.resume_anyway):
+        advice = "Leave them as they were, start a new run from the saved weights, or add --resume_anyway"
+        if other_optimizer:
+            advice = "No optimizer goes on with the state of another; leave it as it was, or start a new run"
+        raise ConfigError(
+            f"--resume {resumed.folder}: this is another run than the state's: {', '.join(changes)}. {advice}"
+        )
+    return changes
+
+
+def _optimizer_change(config: RunConfig, saved: Mapping[str, Any]) -> Iterator[str]:
+    before = next((name for option, name in _OPTIMIZER_NAMES.items() if saved.get(option)), saved["optimizer_type"])
+    if config.optimizer.name != before:
+        yield f"--optimizer_type {config.optimizer.name} (the state: {before})"
+
+
+def _option_changes(config: RunConfig, progress: Mapping[str, Any]) -> Iterator[str]:
     saved = progress["settings"]
-    fixed, noted = [], []
     for declared, value in option_values(config):
-        if declared.secret or declared.name not in saved:
+        if declared.secret or declared.name not in saved or not _is_compared(declared, "data" in progress):
             continue
         before, now = saved[declared.name], json.loads(json.dumps(value))
-        if before == now or declared.name in _FREE_OPTIONS | _UNIMPORTANT_OPTIONS:
-            continue
-        change = f"--{declared.name} {_shown(now)} (the state: {_shown(before)})"
-        if declared.group in _FIXED_GROUPS:
-            fixed.append(change)
-        elif declared.group in _NOTED_GROUPS or declared.name in _NOTED_OPTIONS:
-            noted.append(change)
-    if fixed:
-        raise ConfigError(
-            f"--resume {folder}: the state has settled what these options say otherwise: {', '.join(fixed)}. Leave "
-            "them as they were, or start a new run from the saved weights"
-        )
-    lines = [f"changed since the state was saved: {change}" for change in noted]
-    if fingerprint != progress["plan"]:
-        lines.append(
-            "the pictures, their order or the batches are others than when the state was saved; the run goes on with "
-            "the new ones from the same step, and won't end with the bytes of an uninterrupted one"
-        )
-    return lines
+        if before != now:
+            yield f"--{declared.name} {_shown(now)} (the state: {_shown(before)})"
+
+
+def _is_compared(declared: Option, data_is_known: bool) -> bool:
+    name, group = declared.name, declared.group
+    if group in _FREE_GROUPS or name in _FREE_OPTIONS or name in ("optimizer_type", *_OPTIMIZER_NAMES):
+        return False
+    if group == "caching":
+        return name in _COMPARED_CACHING
+    if group == "memory":
+        return name in _COMPARED_MEMORY
+    if group == "training":
+        return name in _COMPARED_TRAINING
+    if group in _DATA_GROUPS and data_is_known:
+        return name in _LOSS_OPTIONS
+    return True
+
+
+def _weight_changes(now: Mapping[str, str], before: Mapping[str, str]) -> Iterator[str]:
+    for name in [*now, *(name for name in before if name not in now)]:
+        own, other = now.get(name), before.get(name)
+        if own != other:
+            yield f"weights of {name}, with the hash {own or 'absent'} (the state: {other or 'absent'})"
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from library.records import Batch
 from library.training.ema import WeightAverage
 from library.training.fused_backward import FusedBackward
 from library.training.losses import LossHistory
+from library.training.non_finite import DroppedSteps
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers
 
@@ -53,7 +55,12 @@ class Run:
         average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
+        origin: What states keep of where the run comes from, see ``prepare_data``.
+        last_state: The newest state that this process knows to be whole: what it wrote last, or went on from.
         fused_backward: Steps them during the backward pass, where that is asked for.
+        sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
+            pass, and in whatever reads whole weights.
+        dropped: The steps so far whose numbers were not finite.
     """
 
     config: RunConfig
@@ -81,6 +88,10 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    sharded: bool = False
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    last_state: Path | None = None
+    dropped: DroppedSteps = field(default_factory=DroppedSteps)
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)
 

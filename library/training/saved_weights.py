@@ -9,8 +9,11 @@ import torch
 
 from library.config.errors import ConfigError
 from library.config.saving import SavingConfig
+from library.training.finite_optimizer import refuse_non_finite_average
 from library.training.optimizers import set_training_mode
 from library.training.run import Run
+from library.training.save_errors import saving_together
+from library.training.shards import first_non_finite
 
 RAW = "_raw"
 """Goes after the name of what is made with the weights as they are trained, beside their average."""
@@ -29,18 +32,37 @@ def epoch_name(config: SavingConfig, epoch: int) -> str:
 
 
 def save_weights(run: Run, stem: str, done: int) -> list[Path]:
-    """Write the trained weights in every format that was asked for; returns the files and folders."""
-    if not run.accelerator.is_main_process:
-        return []
-    refuse_non_finite_weights(run, done)
+    """Write the trained weights in every format that was asked for. Every process calls it.
+
+    Returns:
+        The files and folders, on the main process.
+
+    Raises:
+        SaveFailed: One can't be written; what was there before is as it was.
+        ConfigError: A weight is not finite.
+    """
+    written: list[Path] = []
     precision = run.config.saving.save_precision
     dtype = _DTYPES[precision] if precision else None
-    with averaged_weights(run):
-        facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
-        written = list(run.job.save(run, stem, done, dtype, facts))
+    takes_part = run.accelerator.is_main_process or run.sharded  # a sharded model's processes give their parts
+    with saving_together(run, lambda: _size(run, dtype)):
+        if takes_part:
+            refuse_non_finite_weights(run, done)
+            refuse_non_finite_average(run, done)
+            with averaged_weights(run):
+                facts = run.config.ema.metadata(run.average.updates) if run.average is not None else {}
+                written += run.job.save(run, stem, done, dtype, facts)
     if run.config.ema.ema_save_raw:
-        written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
+        with saving_together(run, lambda: _size(run, dtype)):
+            if takes_part:
+                written += run.job.save(run, f"{stem}{RAW}", done, dtype, {})
     return written
+
+
+def _size(run: Run, dtype: torch.dtype | None) -> int:
+    """About how many bytes the trained weights have in a file of this type."""
+    tensors = run.trainable.state_dict().values()
+    return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
 def refuse_non_finite_weights(run: Run, done: int) -> None:
@@ -51,11 +73,16 @@ def refuse_non_finite_weights(run: Run, done: int) -> None:
     """
     average = run.average.tensors() if run.average is not None else {}
     averaged = ((f"the average of {name}", tensor) for name, tensor in average.items())
-    for name, tensor in itertools.chain(run.trainable.state_dict().items(), averaged):
-        if not torch.isfinite(tensor).all():
-            raise ConfigError(
-                f"after step {done} {name} has numbers that are not finite, so nothing is saved; lower --learning_rate"
-            )
+    names, tensors = zip(*itertools.chain(run.trainable.state_dict().items(), averaged))
+    if run.sharded:  # any process may have the number, and all must stop
+        bad = first_non_finite(tensors, run.device)
+    else:
+        bad = next((number for number, tensor in enumerate(tensors) if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise ConfigError(
+            f"after step {done} {names[bad]} has numbers that are not finite, so nothing is saved; lower "
+            "--learning_rate"
+        )
 
 
 @contextlib.contextmanager

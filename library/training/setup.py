@@ -7,11 +7,11 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, broadcast_object_list
 from torch import nn
 
 from library.config.errors import ConfigError
@@ -30,21 +30,26 @@ from library.training import hooks
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
-from library.training.encoders import LatentPreparation, TextSide, merge_base_weights, prepare_text
-from library.training.full_model import DENOISER
+from library.training.encoders import LatentPreparation, TextSide, prepare_text
 from library.training.fused_backward import refuse_processes
 from library.training.jobs import job_of
+from library.training.launch import check_started
+from library.training.leftovers import clear_leftovers
 from library.training.loop import train
 from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
-from library.training.optimizers import create_optimizer
-from library.training.placing import load_device, place, save_activations
+from library.training.model_side import component_types, load_model_side
 from library.training.precision import Precision, resolve_precision
 from library.training.prepare_data import prepare_data
 from library.training.report import run_facts, run_lines
+from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
 from library.training.run import Run, StepHook
+from library.training.save_errors import starting_files
+from library.training.saving_hooks import finish_step, saving_hooks
 from library.training.schedules import create_schedule
-from library.training.states import restore_state, resumed_progress
+from library.training.sharding import uncached_autocast
+from library.training.sharding_settings import ShardingSettings, asked_sharding, forget_plugins
+from library.training.states import restore_state
 from library.training.step import encoded
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers, log_in, logging_folder, start_trackers
@@ -57,7 +62,11 @@ log = logging.getLogger(__name__)
 def run_training(config: RunConfig) -> int:
     """This sets a run up, trains, and returns the exit code."""
     started = time.monotonic()
-    run, taker = set_up(config)
+    try:
+        run, taker = set_up(config)
+    except RunIsComplete as told:
+        log.info("%s; there is nothing to do", told)
+        return 0
     run.stopper = Stopper(config.training.max_train_seconds, started)
     try:
         if taker is not None and config.sampling.sample_at_first and run.first_step == 0:
@@ -69,63 +78,49 @@ def run_training(config: RunConfig) -> int:
     return run.stop_code
 
 
-def trained_components(config: RunConfig) -> tuple[str, ...]:
-    """This checks all that ``set_up`` checks before it loads anything, and says what would be trained.
+def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
+    """Everything that a run needs, made in the order that keeps the least in memory.
 
     Raises:
-        ConfigError: All that is wrong, one line each.
+        ConfigError: Something can't work.
+        RunIsComplete: ``--resume auto``, and no step is left to do.
     """
-    resumed_progress(config)
-    family = create_family(config.family_name, config)
-    return check_run(config, family, accelerator_available=has_accelerator())
-
-
-def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
-    """Everything that a run needs, made in the order that keeps the least in memory."""
-    assert config.optimizer.learning_rate is not None
     job = job_of(config)
-    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     check_run(config, family, accelerator_available=has_accelerator())
     log_in(config.logging)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
-    accelerator = start_accelerator(config, precision)
+    sharding = asked_sharding(config, os.environ)
+    accelerator = start_accelerator(config, precision, sharding)
+    if sharding is not None and accelerator.num_processes == 1:
+        log.warning(
+            "accelerate's configuration asks for %s, but one process has nobody to share with", sharding.asked_by
+        )
+        sharding = None
     if config.memory.fused_backward_pass:
         refuse_processes(accelerator.num_processes)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
-    seed = resolve_seed(config, progress, accelerator)
+    if accelerator.is_main_process:
+        clear_leftovers(config.saving)
+    resumed = agree_on_resumed(config, accelerator)
+    seed = resolve_seed(config, resumed, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
-    for line in precision.notes:
+    for line in (*precision.notes, *(sharding.notes if sharding is not None else ())):
         log.info(line)
     if warning := family.description.precision_warnings.get(precision.mixed):
         log.warning(warning)
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)
-    prepared = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=preparation.fill)
+    prepared = prepare_data(config, family, text, resumed, accelerator, seed=seed, fill=preparation.fill)
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
-    components = job.check(config, family)
-    dtypes = {name: job.dtype(name, config, family, precision) for name in {DENOISER, *components}}
-    trained = {name: dtypes[name] for name in components if name != DENOISER}
+    _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    denoiser = family.load_denoiser(device=load_device(config.memory, accelerator.device), dtype=dtypes[DENOISER])
-    merge_base_weights(config, family, {DENOISER: denoiser})
-    for line in place(config.memory, family, denoiser, accelerator.device):
-        log.info(line)
-    roots = {DENOISER: denoiser, **text_side.encoders}
-    trainable = job.prepare(config, family, roots, seed=seed, precision=precision)
-    for line in save_activations(config.memory, list(family.blocks(denoiser)), accelerator.device):
-        log.info(line)
-    created = create_optimizer(
-        config.optimizer.name,
-        config.optimizer.optimizer_args,
-        trainable.parameter_groups(config.optimizer),
-        learning_rate=config.optimizer.learning_rate,
-        device=accelerator.device,
+    model = load_model_side(
+        config, family, job, text_side.encoders, accelerator.device, precision, seed=seed, sharding=sharding
     )
-    for line in created.notes:
-        log.info(line)
+    created = model.created
     reader = BatchReader(
         samples=data.discovery.samples,
         placements=data.placements,
@@ -148,8 +143,11 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         prepared.max_steps,
         rank=accelerator.process_index,
         accumulation=config.training.gradient_accumulation_steps,
+        together=sharding is not None,
     )
-    start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
+    with starting_files(config.saving.output_dir):
+        start_trackers(accelerator, config.logging, config.as_dict(), output_dir=config.saving.output_dir)
+        trackers = Trackers(accelerator, log_path(config), first_step=prepared.first_step)
     run = Run(
         config=config,
         seed=seed,
@@ -158,8 +156,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         accelerator=accelerator,
         plan=plan,
         batches=training_data.loader(config, reader, micro_batches, accelerator),
-        denoiser=denoiser,
-        trainable=trainable,
+        denoiser=model.denoiser,
+        trainable=model.trainable,
         text=text,
         text_encoders=text_side.encoders,
         vae=latent_side.vae,
@@ -168,8 +166,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         max_steps=prepared.max_steps,
         first_step=prepared.first_step,
         weight_dtype=precision.frozen,
-        trackers=Trackers(accelerator, log_path(config), first_step=prepared.first_step),
+        trackers=trackers,
         history=LossHistory(),
+        sharded=sharding is not None,
         metadata=run_metadata(
             config,
             family.description,
@@ -181,24 +180,29 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
                 "num_validation_images": len(data.discovery.validation) or None,
             },
         ),
+        origin=prepared.origin,
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"
         run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
-    if config.training.resume and progress:
-        restore_state(run, config.training.resume, progress)
-        log.info("resumed from %s after step %d", config.training.resume, run.first_step)
+    if resumed is not None:
+        restore_state(run, resumed.folder, resumed.progress)
+        run.last_state = Path(resumed.folder)
+        log.info("resumed from %s after step %d", resumed.folder, run.first_step)
     prepare_updates(run)
     taker = sample_taker(config, requests, text_side)
     run.hooks = make_hooks(run, taker, training_data.make_validation(config, data, reader, seed))
+    if resumed is not None:
+        finish_step(run, resumed.folder)
     lines = run_lines(run)
     for line in lines:
         log.info(line)
     if prepared.report is not None:
         comments = "".join(f"# {line}\n" for line in [*lines, *report_lines(prepared.report)])
-        write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
+        with starting_files(config.saving.output_dir):
+            write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
     return run, taker
 
 
@@ -219,9 +223,10 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
 
 
-def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
-    """The device, processes and precision. Accumulation is ours: it always sees one step at a time."""
-    handlers = []
+def start_accelerator(config: RunConfig, precision: Precision, sharding: ShardingSettings | None = None) -> Accelerator:
+    """The device, processes and precision. Accumulation and sharding are ours: it sees one step and whole models."""
+    forget_plugins(os.environ)
+    handlers: list[KwargsHandler] = [] if sharding is None else [uncached_autocast()]
     if config.training.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.training.ddp_timeout)))
     trackers = list(config.logging.trackers)
@@ -231,24 +236,20 @@ def start_accelerator(config: RunConfig, precision: Precision) -> Accelerator:
         project_dir=logging_folder(config.logging),
         kwargs_handlers=handlers,
     )
+    check_started(accelerator.num_processes, os.environ)
     if not accelerator.is_main_process:
         logging.getLogger("library").setLevel(logging.WARNING)
         logging.getLogger("networks").setLevel(logging.WARNING)
     return accelerator
 
 
-def resolve_seed(config: RunConfig, progress: dict[str, Any] | None, accelerator: Accelerator) -> int:
-    """The run's seed: the resumed run's, the typed one, or a fresh one that all processes share."""
+def resolve_seed(config: RunConfig, resumed: Resumed | None, accelerator: Accelerator) -> int:
+    """The run's seed: the typed one, the resumed run's, or a fresh one that all processes share."""
     typed = config.training.seed
-    if progress is not None:
-        if typed is not None and typed != progress["seed"]:
-            raise ConfigError(
-                f"--seed {typed}: the state in {config.training.resume} was made with seed {progress['seed']}; "
-                "leave --seed out to go on with it"
-            )
-        return int(progress["seed"])
     if typed is not None:
-        return typed
+        return typed  # whether it is the state's is looked at with everything else that may differ
+    if resumed is not None:
+        return int(resumed.progress["seed"])
     return (
         broadcast_object_list([secrets.randbelow(2**31)])[0]
         if accelerator.num_processes > 1
@@ -293,7 +294,7 @@ def make_hooks(run: Run, taker: hooks.SampleTaker | None, validation: Validation
     if taker is not None:
         steps, epochs = config.sampling.sample_every_n_steps, config.sampling.sample_every_n_epochs
         made.append(hooks.take_samples(taker, steps=steps, epochs=epochs))
-    return made + hooks.saving_hooks(run)
+    return made + saving_hooks(run)
 
 
 def log_path(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from library.diffusion.loss import masked_mean
 from library.randomness import Draws, seed_for
 from library.records import Batch, NoisedLatents, TensorRecord
-from library.training.run import Run
+from library.training.step_run import StepRun
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MicroBatchLoss:
     per_sample: Tensor
 
 
-def training_loss(run: Run, batch: Batch, *, step_samples: int) -> MicroBatchLoss:
+def training_loss(run: StepRun, batch: Batch, *, step_samples: int) -> MicroBatchLoss:
     """The loss of a training micro-batch, as its share of a step over ``step_samples`` samples.
 
     The shares of all micro-batches of a step sum to the mean over its samples, however it is split.
@@ -46,7 +46,7 @@ def training_loss(run: Run, batch: Batch, *, step_samples: int) -> MicroBatchLos
 
 
 @torch.no_grad()
-def validation_loss(run: Run, batch: Batch, quantiles: Tensor) -> Tensor:
+def validation_loss(run: StepRun, batch: Batch, quantiles: Tensor) -> Tensor:
     """The loss of each sample at fixed noise levels (L, B), unweighted, against the pictures themselves.
 
     Args:
@@ -60,7 +60,7 @@ def validation_loss(run: Run, batch: Batch, quantiles: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def base_answer(run: Run, batch: Batch) -> Tensor:
+def base_answer(run: StepRun, batch: Batch) -> Tensor:
     """What the base model answers to the question that the batch is to be trained on (B, C, h, w), fp32.
 
     The adapter is off in the denoiser and in the text encoders; noise, noise level and conditioning are the same.
@@ -74,7 +74,7 @@ def taught_rows(batch: Batch) -> Sequence[int]:
     return [] if batch.taught is None else batch.taught.nonzero()[:, 0].tolist()
 
 
-def encoded(run: Run, batch: Batch) -> Batch:
+def encoded(run: StepRun, batch: Batch) -> Batch:
     """The batch with latents for its pictures; and with text features, unless a text encoder is trained.
 
     Nothing here depends on what is trained, so it may be done at any time before the step.
@@ -93,25 +93,25 @@ def encoded(run: Run, batch: Batch) -> Batch:
     )
 
 
-def clean_latents(run: Run, batch: Batch) -> Tensor:
+def clean_latents(run: StepRun, batch: Batch) -> Tensor:
     """Normalised latents (B, C, h, w), fp32; this is the only place where latents are normalised."""
     assert batch.latents is not None
     return run.family.latents.format.normalise(batch.latents.float())
 
 
-def conditioning(run: Run, batch: Batch) -> TensorRecord:
+def conditioning(run: StepRun, batch: Batch) -> TensorRecord:
     """Text features of the batch, from the encoders where they are trained; dropped captions are unconditional."""
     text = _encoded_text(run, batch) if batch.text is None else batch.text
     return run.text.drop(text, batch.dropped)
 
 
-def _encoded_text(run: Run, batch: Batch) -> TensorRecord:
+def _encoded_text(run: StepRun, batch: Batch) -> TensorRecord:
     assert batch.tokens is not None
     with run.accelerator.autocast():
         return run.text.encode(run.text_encoders, batch.tokens.to(run.device))
 
 
-def _question(run: Run, batch: Batch) -> tuple[NoisedLatents, TensorRecord]:
+def _question(run: StepRun, batch: Batch) -> tuple[NoisedLatents, TensorRecord]:
     """What a training batch asks the denoiser. All that is random in it follows from the samples and their visits."""
     draws = Draws(run.seed, batch.keys, batch.visits)
     latent_size = run.family.latents.format.latent_size(batch.resolution)
@@ -119,21 +119,21 @@ def _question(run: Run, batch: Batch) -> tuple[NoisedLatents, TensorRecord]:
     return _noised(run, batch, draws.uniform("sigma")), text
 
 
-def _noised(run: Run, batch: Batch, uniform: Tensor) -> NoisedLatents:
+def _noised(run: StepRun, batch: Batch, uniform: Tensor) -> NoisedLatents:
     """The noised latents at the quantiles ``uniform`` (B,) of the noise levels."""
     objective, tokens = run.family.objective, run.family.latents.format.tokens(batch.resolution)
     sigma = objective.sigmas(uniform, tokens=tokens).to(run.device)  # (B,)
     return objective.add_noise(clean_latents(run, batch), batch.noise, sigma)
 
 
-def _answer(run: Run, noised: NoisedLatents, text: TensorRecord) -> Tensor:
+def _answer(run: StepRun, noised: NoisedLatents, text: TensorRecord) -> Tensor:
     """The denoiser's answer (B, C, h, w), fp32."""
     with run.accelerator.autocast():
         prediction = run.family.predict(run.denoiser, noised, text)
     return prediction.float()
 
 
-def _per_sample(run: Run, batch: Batch, noised: NoisedLatents, text: TensorRecord, target: Tensor | None) -> Tensor:
+def _per_sample(run: StepRun, batch: Batch, noised: NoisedLatents, text: TensorRecord, target: Tensor | None) -> Tensor:
     """The loss of each sample (B,), with its mask."""
     per_element = run.family.objective.loss(_answer(run, noised, text), noised, target)
     return masked_mean(per_element, batch.mask, normalize=run.config.data.masked_loss_normalize)

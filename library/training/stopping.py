@@ -11,7 +11,9 @@ from types import FrameType
 TIME_IS_UP = 124
 """The exit code of a run whose time is up, as of the command ``timeout``."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_CODES = (*(128 + number for number in _SIGNALS), TIME_IS_UP)
+"""What a process that was asked to stop ends with; of several that were asked otherwise, all end with the first."""
 _STDERR = 2
 
 

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: the progress bar, a JSON-lines file beside the output, TensorBoard, wandb."""
 
-import json
+import contextlib
 import math
 import os
 import time
@@ -15,7 +15,10 @@ from tqdm import tqdm
 from library.config.config_file import read_toml
 from library.config.errors import ConfigError
 from library.config.logging import LoggingConfig
-from library.io.atomic import write_text
+from library.training.log_file import LogFile
+
+# A terminal that is gone, or a full disk that the output goes to, is no reason to lose a run.
+_SHOWN_OR_NOT = contextlib.suppress(OSError)
 
 
 class Trackers:
@@ -27,9 +30,7 @@ class Trackers:
         self.started = time.monotonic()
         self.external = bool(accelerator.trackers)
         self.bar = tqdm(disable=True)
-        if accelerator.is_main_process:
-            keep_lines_up_to(Path(log_path), first_step)
-            self.file = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed with the trackers)
+        self._file = LogFile(log_path, first_step=first_step) if accelerator.is_main_process else None
 
     def show_progress(self, *, first_step: int, max_steps: int) -> None:
         """Start the progress bar and its clock."""
@@ -40,7 +41,8 @@ class Trackers:
     def say(self, line: str) -> None:
         """Print a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
-            self.bar.write(line)
+            with _SHOWN_OR_NOT:
+                self.bar.write(line)
 
     def log_step(self, step: int, epoch: int, numbers: Mapping[str, float], *, samples: int) -> None:
         """Log one optimizer step; ``samples`` is how many it used."""
@@ -53,16 +55,26 @@ class Trackers:
             samples_per_s=f"{self.samples_seen / max(seconds, 1e-9):.2f}",
             refresh=False,
         )
-        self.bar.update(1)
+        with _SHOWN_OR_NOT:
+            self.bar.update(1)
         self.log(step, {"epoch": epoch, **numbers})
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log any numbers at an optimizer step."""
+        """Log any numbers at an optimizer step; those that aren't finite are left out: JSON has no word for them."""
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         if self.external:
             self.accelerator.log(dict(numbers), step=step)
-        if self.accelerator.is_main_process:
-            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
-            self.file.flush()
+        if self._file is not None:
+            self._file.add({"step": step, **numbers})
+
+    def sync(self) -> None:
+        """Put every line of the file onto the disk.
+
+        Raises:
+            OSError: One can't be written.
+        """
+        if self._file is not None:
+            self._file.sync()
 
     def pause_clock(self, seconds: float) -> None:
         """Leave time spent on samples, validation and saving out of the speed that the bar shows."""
@@ -73,25 +85,12 @@ class Trackers:
 
     def close(self) -> None:
         """Finish every tracker."""
-        self.bar.close()
+        with _SHOWN_OR_NOT:
+            self.bar.close()
         if self.external:
             self.accelerator.end_training()
-        if self.accelerator.is_main_process:
-            self.file.close()
-
-
-def keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop the log's lines after ``step``: a resumed run writes them again. A fresh run starts a fresh log."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step and step > 0:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break  # a line that a killed process left half-written
-    write_text(path, "".join(kept))
+        if self._file is not None:
+            self._file.close()
 
 
 def check_packages(config: LoggingConfig) -> None:

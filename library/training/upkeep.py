@@ -17,8 +17,8 @@ from library.training.data import TrainingData, captions_of, find_data, latent_i
 from library.training.encoders import LatentPreparation, cached_text_signature, prepare_text, prompt_readers
 from library.training.precision import resolve_precision
 from library.training.prepare_data import prepare_data
+from library.training.resume_from import RunIsComplete, agree_on_resumed
 from library.training.setup import has_accelerator, make_folder, resolve_seed, sample_requests, start_accelerator
-from library.training.states import resumed_progress
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,14 @@ def fill_cache(config: RunConfig) -> Filling:
         raise ConfigError(
             "nothing would be kept: add --cache_latents_to_disk, --cache_text_encoder_outputs_to_disk, or both"
         )
-    progress = resumed_progress(config)
     family: ModelFamily = create_family(config.family_name, config)
     precision = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = start_accelerator(config, precision)
-    seed = resolve_seed(config, progress, accelerator)
+    try:
+        resumed = agree_on_resumed(config, accelerator)
+    except RunIsComplete:
+        resumed = None  # its pictures may be wanted again all the same
+    seed = resolve_seed(config, resumed, accelerator)
     make_folder("cache_dir", config.local_cache_dir)
     text, requests = family.text_strategy(), sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)
@@ -68,7 +71,7 @@ def fill_cache(config: RunConfig) -> Filling:
         with filling.timed("latents"):
             return preparation.fill(data)
 
-    data = prepare_data(config, family, text, progress, accelerator, seed=seed, fill=fill).data
+    data = prepare_data(config, family, text, resumed, accelerator, seed=seed, fill=fill).data
     if latents:
         preparation.finish(keep=False)
     if texts:

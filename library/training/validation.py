@@ -12,6 +12,7 @@ from library.data.plan import MicroBatch
 from library.randomness import Draws
 from library.training.losses import mean
 from library.training.run import Run
+from library.training.sharding import padded
 from library.training.step import validation_loss
 
 LEVELS = 4
@@ -59,10 +60,15 @@ class Validation:
     def measure(self, run: Run) -> ValidationResult:
         """The loss now. The processes share the micro-batches; the result is the same for any number of them."""
         own: list[list[float]] = []
-        for micro_batch in self.micro_batches[run.accelerator.process_index :: run.accelerator.num_processes]:
+        processes = run.accelerator.num_processes
+        mine = self.micro_batches[run.accelerator.process_index :: processes]
+        busiest = math.ceil(len(self.micro_batches) / processes)
+        done = padded(mine, self.micro_batches, busiest) if run.sharded else mine
+        for number, micro_batch in enumerate(done):
             batch = self.reader(micro_batch)
             losses = validation_loss(run, batch, stratified_quantiles(self.seed, batch.keys))  # (LEVELS, B)
-            own.extend(losses.T.tolist())
+            if number < len(mine):
+                own.extend(losses.T.tolist())
         return ValidationResult.of(gather(own, run))
 
 

@@ -1,6 +1,7 @@
 """Quick looks at files: size, orientation, completeness; always in agreement with what decoding says."""
 
 import struct
+import time
 import timeit
 import zlib
 from io import BytesIO
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from library.data import headers
 from library.data.formats import PLUGINS
 from library.data.headers import MOST_PIXELS, orientation_of, read_header
 from library.data.images import decode_problem, open_picture, peek
@@ -272,3 +274,52 @@ def test_a_look_is_quick(name):
     data = file_of(name, (1024, 768), exif=exif(6, extra=12))
     assert len(data) > 300_000
     assert min(timeit.repeat(lambda: peek(data), number=20, repeat=5)) / 20 < 400e-6  # 20 to 60 when nothing else runs
+
+
+def test_a_photo_of_a_hundred_megapixels_passes():
+    data = png(10_000, 10_000, 8, 0, bytes(10_000 * 10_001))
+    assert peek(data) == ((10_000, 10_000), None)
+    assert open_picture(data).size == (10_000, 10_000)
+
+
+def jpeg_with(segments):
+    data = file_of("jpeg")
+    return data[:2] + segments + data[2:]
+
+
+PROGRESSIVE = file_of("jpeg", progressive=True)
+SCAN = PROGRESSIVE[PROGRESSIVE.index(b"\xff\xda") : -2]
+AVIF_START = b"\x00\x00\x00\x10ftypavif\x00\x00\x00\x00"
+BOMBS = {
+    "a JPEG of fill bytes": (b"\xff\xd8" + b"\xff" * 50_000_000, "too early"),
+    "a JPEG of empty segments": (jpeg_with(b"\xff\xe1\x00\x02" * 1_000_001), "more parts"),
+    "a JPEG of EXIF": (jpeg_with((b"\xff\xe1\xff\xff" + b"Exif\x00\x00" + bytes(65527)) * 600), "more metadata"),
+    "a JPEG that is drawn again and again": (PROGRESSIVE[:-2] + SCAN * 100 + b"\xff\xd9", "goes over its pixels"),
+    "a PNG of empty chunks": (with_chunks(*[(b"abCd", b"")] * 1_000_001), "more parts"),
+    "an AVIF of empty boxes": (AVIF_START + b"\x00\x00\x00\x08free" * 1_000_001, "more parts"),
+}
+
+
+@pytest.mark.parametrize(("data", "problem"), BOMBS.values(), ids=BOMBS)
+def test_a_file_that_would_take_for_ever_is_damaged(data, problem):
+    started = time.process_time()
+    assert problem in peek(data)[1] and problem in decode_problem(data)
+    assert time.process_time() - started < 5
+
+
+def test_usual_progressive_jpegs_pass():
+    assert peek(PROGRESSIVE)[1] is None and open_picture(PROGRESSIVE).size == (120, 70)
+
+
+def test_few_packed_texts_of_a_png_are_unpacked(monkeypatch):
+    unpacked = []
+    whole = zlib.decompressobj
+
+    def counted():
+        unpacked.append(1)
+        return whole()
+
+    monkeypatch.setattr(headers.zlib, "decompressobj", counted)
+    text = b"zTXt", b"Raw profile type exif\x00\x00" + zlib.compress(bytes(1000))
+    assert peek(with_chunks(*[text] * 50))[1] is None
+    assert len(unpacked) == 4

@@ -135,3 +135,46 @@ print(sorted({"torch", "numpy", "transformers", "accelerate", "PIL", "safetensor
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+ONE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+TWICE = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}'
+LIES = {
+    "infinity": b'{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,1]}}',
+    "NaN": b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}',
+    "truth for a number": {"a": {**ONE, "shape": [True]}},
+    "a fraction": {"a": {**ONE, "shape": [1.0]}},
+    "texts for numbers": {"a": {**ONE, "shape": "1", "data_offsets": "01"}},
+    "a number of thousands of digits": b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}',
+    "a list for a type": {"a": {**ONE, "dtype": ["U8"]}},
+    "a negative offset": {"a": {**ONE, "data_offsets": [-1, 0]}},
+    "three offsets": {"a": {**ONE, "data_offsets": [0, 1, 1]}},
+    "a thousand sides": {"a": {**ONE, "shape": [1] * 1000}},
+    "a name that stands twice": TWICE,
+    "depth": b'{"a":' + b"[" * 100_000,
+    "half a character": b'{"a\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+    "metadata that is a list": {"__metadata__": ["a"], "a": ONE},
+    "metadata that is no text": {"__metadata__": {"a": 1}, "a": ONE},
+    "a name that steers the terminal": {"a\x1b[31m\n": {**ONE, "shape": [2]}},
+    "a name of a megabyte": {"a" * 1_000_000: {**ONE, "shape": [2]}},
+}
+
+
+@pytest.mark.parametrize("content", LIES.values(), ids=LIES)
+def test_lies_in_a_header_end_in_one_readable_line(tmp_path, content):
+    with pytest.raises(ConfigError, match="has a damaged safetensors header") as caught:
+        read_header(write(tmp_path / "x.safetensors", content, b"1"))
+    message = str(caught.value)
+    assert len(message) < 600 and message.isprintable()
+
+
+def test_what_is_beyond_the_file_is_missing(tmp_path):
+    entry = {**ONE, "shape": [2**40], "data_offsets": [0, 2**40]}
+    with pytest.raises(ConfigError, match="1,099,511,627,775 bytes are missing"):
+        read_header(write(tmp_path / "x.safetensors", {"a": entry}, b"1"))
+
+
+@pytest.mark.parametrize("length", [100_000_001, 2**63, 2**64 - 1])
+def test_a_header_that_claims_to_be_endless_is_not_read(tmp_path, length):
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
+        read_header(write(tmp_path / "x.safetensors", {}, length=length))

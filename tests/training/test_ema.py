@@ -255,14 +255,17 @@ def test_an_interval_beyond_the_run_is_refused(job, capsys):
     assert "--ema_update_interval 5: the run has 4 optimizer steps" in capsys.readouterr().err
 
 
-def test_what_looks_at_it_may_change_and_what_makes_it_is_told(job, capsys):
+def test_what_looks_at_it_may_change_and_what_makes_it_is_refused(job, capsys):
     assert job("out", **EMA, max_train_steps=1, save_state_on_train_end=True) == 0
     state = job.trainer.folder / "out" / "run-state"
     capsys.readouterr()
     assert job("free", **EMA, ema_device="accelerator", ema_save_raw=True, max_train_steps=2, resume=state) == 0
-    assert "changed since the state was saved" not in capsys.readouterr().err
-    assert job("told", **{**EMA, "ema_decay": 0.9}, max_train_steps=2, resume=state) == 0
-    assert "changed since the state was saved: --ema_decay 0.9 (the state: 0.5)" in capsys.readouterr().err
-    assert job("ends", **CACHED, max_train_steps=2, resume=state) == 0
+    assert "this is another run" not in capsys.readouterr().err
+    other = {**EMA, "ema_decay": 0.9, "max_train_steps": 2, "resume": state}
+    assert job("refused", **other) == 2
+    assert "this is another run than the state's: --ema_decay 0.9 (the state: 0.5)" in capsys.readouterr().err
+    assert job("told", **other, resume_anyway=True) == 0
+    assert "--ema_decay 0.9 (the state: 0.5)" in capsys.readouterr().err
+    assert job("ends", **CACHED, max_train_steps=2, resume=state, resume_anyway=True) == 0
     told = capsys.readouterr().err
-    assert "changed since the state was saved: --use_ema False (the state: True)" in told
+    assert "--use_ema False (the state: True)" in told

@@ -102,26 +102,6 @@ def test_the_log_has_the_learning_rate_of_its_step(trainer):
     assert [line["lr/unet"] for line in lines] == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_resuming_refuses_options_that_the_state_has_settled_and_tells_others(trainer, capsys, caplog):
-    assert trainer("out", **CACHED, max_train_steps=2, save_state_on_train_end=True) == 0
-    state = trainer.folder / "out" / "run-state"
-    changed = {"learning_rate": 1e-3, "network_alpha": 1, "optimizer_type": "Lion"}
-    assert trainer("more", **{**CACHED, **changed}, max_train_steps=3, resume=state) == 2
-    error = capsys.readouterr().err
-    for name, (now, before) in {
-        "learning_rate": ("0.001", "0.01"),
-        "network_alpha": ("1.0", "2.0"),
-        "optimizer_type": ("Lion", "AdamW"),
-    }.items():
-        assert f"--{name} {now} (the state: {before})" in error
-    assert trainer("more", **CACHED, max_train_steps=3, resume=state, training_shift=2.0, caption_dropout_rate=0.5) == 0
-    told = capsys.readouterr().err
-    assert "changed since the state was saved: --training_shift 2.0 (the state: 1.0)" in told
-    other = trainer.dataset(subset="num_repeats = 2")
-    assert trainer("other", **CACHED, max_train_steps=3, resume=state, dataset_config=other) == 0
-    assert "the pictures, their order or the batches are others" in capsys.readouterr().err
-
-
 def test_a_warm_start_loads_no_encoder(trainer, capsys):
     prompts = trainer.folder / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5\n")
@@ -134,21 +114,6 @@ def test_a_warm_start_loads_no_encoder(trainer, capsys):
     assert equal(trainer.weights("cold"), trainer.weights("warm"))
     pictures = [(trainer.folder / name / "sample" / "run_000004_00_5.png").read_bytes() for name in ("cold", "warm")]
     assert pictures[0] == pictures[1]
-
-
-def test_resuming_refuses_another_seed_a_damaged_state_and_a_finished_run(trainer, capsys):
-    assert trainer("out", **CACHED, max_train_steps=2, save_state_on_train_end=True) == 0
-    state = trainer.folder / "out" / "run-state"
-    assert trainer("more", **CACHED, max_train_steps=3, resume=state, seed=8) == 2
-    assert "was made with seed 7" in capsys.readouterr().err
-    assert trainer("more", **CACHED, max_train_steps=2, resume=state) == 2
-    assert "2 steps are done and the run has 2" in capsys.readouterr().err
-    assert trainer("more", **CACHED, max_train_steps=3, network_dim=3, resume=state) == 2
-    assert "what it trains is something else than in this configuration" in capsys.readouterr().err
-    with open(state / "optimizer.pt", "r+b") as file:
-        file.truncate(100)
-    assert trainer("more", **CACHED, max_train_steps=3, resume=state) == 2
-    assert "optimizer.pt is missing or damaged" in capsys.readouterr().err
 
 
 def test_cache_modes_workers_and_checkpointing_give_the_same_losses(trainer):

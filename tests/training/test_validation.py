@@ -73,7 +73,7 @@ def test_a_validation_dataset_is_measured_and_never_trained_on(trainer, held_out
     seen: set[str] = set()
 
     def act(run):
-        (hook,) = [hook for hook in run.hooks if hook.act.__qualname__.startswith(validate.__name__)]
+        (hook,) = [hook for hook in run.hooks if getattr(hook.act, "__qualname__", "").startswith(validate.__name__)]
         plan = [micro_batch for step in range(8) for micro_batch in run.plan.step(step)]
         seen.update(run.plan._samples[visit.sample].key for micro_batch in plan for visit in micro_batch.visits)
         hook.act(run, 1)
@@ -88,7 +88,7 @@ def test_a_validation_dataset_is_measured_and_never_trained_on(trainer, held_out
 
 def test_validation_repeats_itself_and_any_share_of_processes_gives_the_same(trainer, held_out, monkeypatch):
     def act(run):
-        (hook,) = [hook for hook in run.hooks if hook.act.__qualname__.startswith(validate.__name__)]
+        (hook,) = [hook for hook in run.hooks if getattr(hook.act, "__qualname__", "").startswith(validate.__name__)]
         (found,) = [cell.cell_contents for cell in hook.act.__closure__]
         results = [found.measure(run), found.measure(run)]
         everything: list[list[list[float]]] = []

@@ -13,11 +13,11 @@ from library.families.sana.files import SanaFiles
 from library.families.sana.key_maps import denoiser_key_maps, vae_key_maps
 from library.families.sana.linear_dit import LinearDiTConfig
 from library.families.sana.options import LATENTS
-from library.io.atomic import atomic_path
 from library.io.diffusers_folder import ENCODER_STEM, MODEL_STEM, copy_tokenizer, save_component, write_json
 from library.io.key_maps import KeyMap, from_diffusers, to_diffusers
 from library.io.parts import Part
 from library.io.safetensors import LazyTensors, is_finite, load_tensors, save_tensors
+from library.io.torch_files import save_torch
 from library.text_encoders.gemma import decoder_weights, gemma_config
 
 EMPTY_CAPTION = "y_embedder.y_embedding"
@@ -56,8 +56,7 @@ def save_single(
     for name, tensor in plain.items():
         if not is_finite(tensor):
             raise ValueError(f"{name} has numbers that are not finite; {path} is not written")
-    with atomic_path(path) as temporary:
-        torch.save({"state_dict": plain}, temporary)
+    save_torch({"state_dict": plain}, path)
 
 
 def save_folder(

@@ -78,6 +78,11 @@ class SanaFamily:
     mmap: bool
     name: str = "sana"
 
+    def identities(self) -> dict[str, str]:
+        """What names the contents of the denoiser, the DC-AE and Gemma."""
+        parts = {"denoiser": self.files.denoiser, "vae": self.files.vae, "gemma": self.files.gemma}
+        return {name: part_identity(part) for name, part in parts.items()}
+
     def text_strategy(self) -> SanaTextStrategy:
         """The strategy with the tokenizer loaded."""
         tokenizer = load_tokenizer(self.tokenizers, self.options, self.files)

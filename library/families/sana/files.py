@@ -29,6 +29,7 @@ _IMPLEMENTATION = "https://github.com/NVlabs/Sana"
 _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": denoiser_sizes, "vae": vae_sizes, "gemma": gemma_sizes}
 _SHIFT, _SMALL_SHIFT, _LARGEST_SHIFT = 3.0, 4.0, 6.0
 _LEARNING_RATE = 1e-5
+_MOST_PREFIX_BYTES = 1 << 20
 """Of a full fine-tune; adapters have their own. A tenth of the published pre-training's."""
 
 
@@ -154,7 +155,8 @@ def read_prefix(options: SanaOptions) -> str | None:
         return ""
     option = "--sana_prompt_prefix"
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
+        with open(name, "rb") as file:
+            text = file.read(_MOST_PREFIX_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{option}: {name} can't be read ({error.strerror}); name a text file, or none") from None
     except UnicodeDecodeError:

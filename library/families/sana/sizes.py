@@ -1,10 +1,10 @@
 """The sizes of Sana's parts, read from tensor names and shapes alone, and whether the parts are whole."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
 
+from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.families.sana.key_maps import denoiser_key_maps, vae_key_maps
 from library.families.sana.options import IMAGE_SIZES, LATENTS, SanaOptions
@@ -276,8 +276,8 @@ def _configured_positions(part: Part) -> int | None:
     if part.layout != "diffusers":
         return None
     try:
-        config = json.loads((part.headers[0].path.parent / "config.json").read_text(encoding="utf-8"))
+        config = read_json(part.headers[0].path.parent / "config.json")
         size, scale = int(config["sample_size"]), config.get("interpolation_scale")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     return min(size, NATIVE_SIDE // LATENTS.stride) if scale is None else size  # without a scale: no positions

@@ -28,7 +28,7 @@ from library.families.sd3.sizes import clip_sizes
 from library.families.sd3.skip_layers import skipped_layers
 from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy
 from library.families.sd3.tokenizers import tokenizer_folders
-from library.io.parts import part_identity
+from library.io.parts import Part, part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import attention_function
 from library.randomness import Draws
@@ -78,10 +78,19 @@ class Sd3Family:
     clip_l_width: int
     name: str = "sd3"
 
+    def identities(self) -> dict[str, str]:
+        """What names the contents of the denoiser, the VAE and the text encoders."""
+        parts = {"denoiser": self.files.denoiser, "vae": self.files.vae, **self._encoders}
+        return {name: part_identity(part) for name, part in parts.items()}
+
+    @property
+    def _encoders(self) -> dict[str, Part]:
+        parts = {"clip_l": self.files.clip_l, "clip_g": self.files.clip_g, "t5xxl": self.files.t5xxl}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def text_strategy(self) -> Sd3TextStrategy:
         """The strategy with tokenizers loaded."""
-        parts = {"clip_l": self.files.clip_l, "clip_g": self.files.clip_g, "t5xxl": self.files.t5xxl}
-        identities = {name: part_identity(part) for name, part in parts.items() if part is not None}
+        identities = {name: part_identity(part) for name, part in self._encoders.items()}
         return sd3_text_strategy(self.tokenizers, self.options, identities, has_t5=self.files.t5xxl is not None)
 
     def load_text_encoders(
