@@ -1,7 +1,7 @@
 """Starts training processes quickly, and kills them at a chosen moment.
 
-torch and the program are imported once; every life is a fork of this process, so that a hundred kills take minutes. Each
-line on standard input asks for one life (see ``Life``), each line on standard output says how it ended.
+torch and the program are imported once; every life is a fork of this process, so that a hundred kills take minutes.
+Each line on standard input asks for one life (see ``Life``), each line on standard output says how it ended.
 """
 
 import contextlib
