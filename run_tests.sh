@@ -12,6 +12,6 @@ if [ $# -eq 0 ]; then
     ruff format --check .
     lint-imports
     mypy library networks tools bench *.py
-    set -- -n 2 -m "not slow and not gpu"
+    set -- -n 2 -m "not slow and not gpu and not kills"
 fi
 python -m pytest "$@"

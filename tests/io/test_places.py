@@ -178,7 +178,7 @@ def test_the_profile_of_the_aws_tools_is_used_without_keys_in_the_environment(tm
     assert "aws_region" not in s3_settings({**files, "AWS_PROFILE": "mine", "AWS_REGION": "us-east-2"})
     assert "aws_access_key_id" not in s3_settings({**files, "AWS_ACCESS_KEY_ID": "e"})
     (tmp_path / "config").write_text("no section")
-    with pytest.raises(OSError, match="config: "):
+    with pytest.raises(OSError, match="config, line 1: not of the form"):
         s3_settings(files)
 
 

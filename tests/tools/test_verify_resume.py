@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,10 @@ def test_a_run_is_stopped_with_all_that_it_started(tmp_path):
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     verifying._stop_at(state, [sys.executable, "-c", program], tmp_path / "log")
     pid = int((state / "pid").read_text())
-    stat = Path(f"/proc/{pid}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    stat, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + 10  # a signal takes a moment to arrive
+    while (running := stat.exists() and stat.read_text().split()[2] != "Z") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.training import loop
-from library.training.stopping import TIME_IS_UP, Stopper
+from library.training.stopping import STOP_CODES, TIME_IS_UP, Stopper
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -87,8 +87,8 @@ def test_the_clock():
 def test_one_process_that_is_asked_stops_them_all(trainer):
     def act(run):
         reduce = run.accelerator.reduce
-        other = torch.zeros(8)
-        other[5], other[6] = 143, 1
+        other = torch.zeros(6 + len(STOP_CODES))
+        other[5 + STOP_CODES.index(143)] = other[5 + STOP_CODES.index(130)] = 1  # two more, asked in two ways
         run.accelerator.reduce = lambda sums, reduction: reduce(sums, reduction=reduction) + other
         loop.optimize(run, 0)
         code, run.stop_code = run.stop_code, 0  # this run goes no further
