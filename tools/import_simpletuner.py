@@ -177,6 +177,8 @@ def translate_config(config: Mapping[str, Any], folder: Path = Path()) -> Transl
             _optimizer(str(value), result)
         elif key.endswith("_precision") and value in _NO_CHANGE:
             continue
+        elif key == "resume_from_checkpoint" and value == "latest":
+            _add(options["resume"], "resume", key, "auto", result)
         elif key == "resume_from_checkpoint":
             result.left_out.append(f"{key} {value}: states of SimpleTuner can't be resumed; --resume takes ours")
         elif name is None:

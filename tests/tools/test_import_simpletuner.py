@@ -41,6 +41,7 @@ LORA = {
     "validation_resolution": "1024x1024,1280x768",
     "validation_guidance": 3.0,
     "validation_prompt": "a striped animal",
+    "resume_from_checkpoint": "latest",
     "base_model_precision": "int8-quanto",
     "text_encoder_1_precision": "no_change",
     "optimizer": "adamw_bf16",
@@ -99,7 +100,7 @@ def test_a_lora_configuration_comes_through_whole(configuration, capsys):
         ("a striped animal", 1280, 768, 3.0),
     ]
     said = capsys.readouterr().out
-    assert config.memory.base_format == "int8"
+    assert config.memory.base_format == "int8" and config.training.resume == "auto"
     assert "  made_up 1" in said
     assert "push_to_hub" not in said and "text_encoder_1_precision" not in said
 
@@ -174,7 +175,7 @@ def test_every_key_is_written_or_named(configuration, capsys):
     said, run = capsys.readouterr().out, read_toml_text("out/run.toml")
     answered = {"model_type", "model_family", "push_to_hub", "text_encoder_1_precision"}
     prompts = {key for key in config if key.startswith("validation_") and "skip" not in key}
-    renamed = {"optimizer": "optimizer_type", "lora_rank": "network_dim"}
+    renamed = {"optimizer": "optimizer_type", "lora_rank": "network_dim", "resume_from_checkpoint": "resume"}
     for key in config:
         key = key.lstrip("-")
         assert key in answered | prompts or renamed.get(key, key) in run or f"  {key} " in said, key
