@@ -179,3 +179,25 @@ def test_swapped_blocks_take_no_memory_of_the_device():
     assert torch.equal(x, expected)
     assert swap.device_bytes == 2 * size
     assert torch.cuda.max_memory_allocated() - before < 4 * size
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "mixed_precision": "bf16"}])
+def test_the_host_waits_for_the_device_once_a_step(trainer, options):
+    import warnings
+
+    from library.training.loop import optimize
+
+    def act(run):
+        run.trainable.train()
+        optimize(run, 0)  # the optimizer's state is made
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimize(run, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+
+    options = {**CACHED, "max_train_steps": 2, "gradient_accumulation_steps": 2, **options}
+    assert len(trainer.with_run("out", act, **options)) == 1
