@@ -11,7 +11,7 @@ from torch import Tensor
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.diffusion import timesteps
-from library.diffusion.loss import elementwise, weight
+from library.diffusion.loss import elementwise, huber_parameter, weight
 from library.records import NoisedLatents
 
 
@@ -99,7 +99,8 @@ class FlowMatching:
             return velocity_error**2  # sigma^2 and sigma^-2 cancel; multiplying both would lose digits at small sigma
         sigma = noised.sigma.float().view(-1, 1, 1, 1)
         x_0_error = sigma * velocity_error  # of the estimate x_t - sigma * prediction, up to the sign
-        return elementwise(self.loss_options, x_0_error, sigma) * weight(self.flow.weighting_scheme, sigma)
+        c = huber_parameter(self.loss_options, sigma)
+        return elementwise(self.loss_options, x_0_error, c) * weight(self.flow.weighting_scheme, sigma)
 
 
 def x_0_estimate(x_t: Tensor, velocity: Tensor, sigma: float) -> Tensor:

@@ -42,15 +42,15 @@ def huber_parameter(config: LossConfig, sigma: Tensor) -> Tensor:
     raise ValueError(f"huber_schedule {config.huber_schedule!r} is not for flow matching; use constant or exponential")
 
 
-def elementwise(config: LossConfig, difference: Tensor, sigma: Tensor) -> Tensor:
+def elementwise(config: LossConfig, difference: Tensor, c: Tensor) -> Tensor:
     """This measures each element of the difference, by ``--loss_type``.
 
     ``sqrt(d^2 + c^2) - c`` is computed as ``d^2 / (sqrt(d^2 + c^2) + c)``, which keeps its digits when d is small.
 
     Args:
         config: The loss options.
-        difference: Estimate of x_0 minus x_0.
-        sigma: Noise levels; broadcastable to ``difference``.
+        difference: What was answered minus what should have been.
+        c: Where huber and smooth_l1 turn linear; broadcastable to ``difference``.
 
     Returns:
         The loss, of the shape of ``difference``.
@@ -59,7 +59,6 @@ def elementwise(config: LossConfig, difference: Tensor, sigma: Tensor) -> Tensor
         return difference**2
     if config.loss_type == "l1":
         return difference.abs()
-    c = huber_parameter(config, sigma)
     squared = difference**2
     pseudo_huber = 2 * squared / (torch.sqrt(squared + c**2) + c)
     return c * pseudo_huber if config.loss_type == "huber" else pseudo_huber

@@ -133,10 +133,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, embedded: Tensor, context: Tensor) -> Tensor:
         """(B, C, h, w), a timestep that it doesn't look at, (B, T, K) -> (B, C, h, w)."""
         inner, height = self.norm(x), x.shape[2]
-        if self.linear_projections:
-            inner = self.proj_in(_positions(inner))
-        else:
-            inner = _positions(self.proj_in(inner))
+        inner = self.proj_in(_positions(inner)) if self.linear_projections else _positions(self.proj_in(inner))
         for block in self.transformer_blocks:
             inner = block(inner, context)
         if self.linear_projections:

@@ -1,8 +1,8 @@
 """The denoiser of Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv:2112.10752).
 
 A convolutional U-Net: stages that go down in resolution hand what they made to the stages that come up again, and
-transformers at all but the lowest resolution look at the text. Parameter names are those of the published LDM files, where
-``input_blocks`` and ``output_blocks`` are numbered through all resolutions.
+transformers at all but the lowest resolution look at the text. Parameter names are those of the published LDM files,
+where ``input_blocks`` and ``output_blocks`` are numbered through all resolutions.
 
 Shapes:
     B batch, h and w sides of the latents, T text tokens, K width of the text features, C features of a stage
@@ -86,7 +86,7 @@ CONFIGS = {
 }
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Pieces that follow each other, all with the same three inputs."""
 
     def forward(self, x: Tensor, embedded: Tensor, context: Tensor) -> Tensor:
@@ -109,9 +109,11 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(config.in_channels, config.width, 3, padding=1))])
         self.input_blocks.extend(_way_down(config, widths, attention))
         self.middle_block = Stage(
-            ResBlock(widths[-1], widths[-1], config.embedding),
-            _transformer(config, widths[-1], attention),
-            ResBlock(widths[-1], widths[-1], config.embedding),
+            [
+                ResBlock(widths[-1], widths[-1], config.embedding),
+                _transformer(config, widths[-1], attention),
+                ResBlock(widths[-1], widths[-1], config.embedding),
+            ]
         )
         self.output_blocks = nn.ModuleList(_way_up(config, widths, attention))
         self.out = nn.Sequential(
@@ -183,9 +185,9 @@ def _way_down(config: UNetConfig, widths: Sequence[int], attention: AttentionFun
             if level < config.attention_levels:
                 pieces.append(_transformer(config, width, attention))
             channels = width
-            yield Stage(*pieces)
+            yield Stage(pieces)
         if level + 1 < len(widths):
-            yield Stage(Downsample(channels))
+            yield Stage([Downsample(channels)])
 
 
 def _way_up(config: UNetConfig, widths: Sequence[int], attention: AttentionFunction) -> Iterator[Stage]:
@@ -198,7 +200,7 @@ def _way_up(config: UNetConfig, widths: Sequence[int], attention: AttentionFunct
                 pieces.append(_transformer(config, channels, attention))
             if level and number == config.blocks_per_level:
                 pieces.append(Upsample(channels))
-            yield Stage(*pieces)
+            yield Stage(pieces)
 
 
 def widths_down(config: UNetConfig) -> list[int]:
