@@ -1,8 +1,8 @@
 """Samplers for models with a schedule of variances, in the coordinates of Karras et al. (2022, arXiv:2206.00364).
 
-There ``x = x_0 + level * noise``, with ``level = sqrt((1 - a) / a)``: pure noise is level 14.6 for the published schedule,
-not 1. Each sampler is a plain function with the signature of ``library.diffusion.samplers.Sampler``; ``denoise(x, level)``
-answers with the estimate of x_0. Coefficients are computed in fp64, and ``x`` is kept in fp32.
+There ``x = x_0 + level * noise``, with ``level = sqrt((1 - a) / a)``: pure noise is level 14.6 for the published
+schedule, not 1. Each sampler is a plain function with the signature of ``library.diffusion.samplers.Sampler``;
+``denoise(x, level)`` answers with the estimate of x_0. Coefficients are computed in fp64, ``x`` is kept in fp32.
 """
 
 import math
@@ -62,9 +62,9 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Tensor, *, callback: Callback 
 
 
 def unipc(denoise: Denoise, x: Tensor, levels: Tensor, *, callback: Callback | None = None) -> Tensor:
-    """This is UniPC (Zhao et al. 2023, arXiv:2302.04867) of second order with B2(h), which corrects each step by the next.
+    """This is UniPC (Zhao et al. 2023, arXiv:2302.04867) of second order with B2(h); the last step is of first order.
 
-    The last step is of first order.
+    Each step is corrected by the estimate at its end, which the next step asks for anyway.
     """
     x = x.float()
     numbers = _checked(levels)
