@@ -91,7 +91,11 @@ class Sd3Sizes:
     def vae(self) -> AutoencoderKLConfig:
         """The VAE's configuration."""
         return AutoencoderKLConfig(
-            pixel_channels=3, latent_channels=16, level_widths=self.vae_widths, blocks_per_level=self.vae_blocks
+            pixel_channels=3,
+            latent_channels=16,
+            level_widths=self.vae_widths,
+            blocks_per_level=self.vae_blocks,
+            quant_convolutions=False,
         )
 
     def clip(self, width: int, activation: str) -> Any:

@@ -1,8 +1,8 @@
 """The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752).
 
 Residual convolutions that halve the resolution between levels, with one attention in the middle; the encoder gives
-mean and log-variance of a Gaussian. SD3's has 16 latent channels and no convolutions between the Gaussian and either
-half. Parameter names are those of the published single file, without its prefix.
+mean and log-variance of a Gaussian. Older ones have 4 latent channels, and a convolution between the Gaussian and
+either half; SD3's has 16 and none. Parameter names are those of the published single file, without its prefix.
 
 Shapes: B batch, H and W sides of the picture in pixels, h and w of the latents, Z latent channels, C features.
 """
@@ -29,12 +29,14 @@ class AutoencoderKLConfig:
         latent_channels: Z.
         level_widths: Features per level, from full resolution to latent resolution.
         blocks_per_level: Residual blocks per level of the encoder; the decoder has one more.
+        quant_convolutions: Whether there are 1x1 convolutions between the Gaussian and either half.
     """
 
     pixel_channels: int
     latent_channels: int
     level_widths: tuple[int, ...]
     blocks_per_level: int
+    quant_convolutions: bool
 
     @property
     def stride(self) -> int:
@@ -42,9 +44,18 @@ class AutoencoderKLConfig:
         return 2 ** (len(self.level_widths) - 1)
 
 
-SD3_VAE = AutoencoderKLConfig(
-    pixel_channels=3, latent_channels=16, level_widths=(128, 256, 512, 512), blocks_per_level=2
-)
+def _published(latent_channels: int, *, quant_convolutions: bool) -> AutoencoderKLConfig:
+    return AutoencoderKLConfig(
+        pixel_channels=3,
+        latent_channels=latent_channels,
+        level_widths=(128, 256, 512, 512),
+        blocks_per_level=2,
+        quant_convolutions=quant_convolutions,
+    )
+
+
+SD_VAE = _published(4, quant_convolutions=True)
+SD3_VAE = _published(16, quant_convolutions=False)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -218,6 +229,9 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        if config.quant_convolutions:
+            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """This gives the Gaussian over latents.
@@ -235,9 +249,12 @@ class AutoencoderKL(nn.Module):
         stride = self.config.stride
         if height % stride or width % stride:
             raise ValueError(f"pictures of {width}x{height} pixels don't divide by {stride}; resize or crop them")
-        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
+        gaussian = self.encoder(pixels)
+        if self.config.quant_convolutions:
+            gaussian = self.quant_conv(gaussian)
+        mean, log_variance = gaussian.chunk(2, dim=1)
         return mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
 
     def decode(self, z: Tensor) -> Tensor:
         """This gives the pictures (B, 3, H, W), about -1..1, of raw latents (B, Z, h, w)."""
-        return self.decoder(z)
+        return self.decoder(self.post_quant_conv(z) if self.config.quant_convolutions else z)

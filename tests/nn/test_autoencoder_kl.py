@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from library.families.sd3.key_maps import vae_key_maps
 from library.io.key_maps import to_diffusers
-from library.nn.autoencoder_kl import SD3_VAE, AutoencoderKL
+from library.nn.autoencoder_kl import SD3_VAE, SD_VAE, AutoencoderKL
+from library.nn.autoencoder_sizes import autoencoder_key_maps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sd3" / "vae.txt"
 TINY = dataclasses.replace(SD3_VAE, latent_channels=4, level_widths=(64, 96, 128, 128))  # groups of more than one
+
+OLDER = dataclasses.replace(TINY, quant_convolutions=True)
 
 
 def random_vae(config=TINY):
@@ -39,6 +41,14 @@ def test_keys_and_shapes_equal_those_of_the_published_file():
     assert {key: str(list(tensor.shape)) for key, tensor in vae.state_dict().items()} == published
     assert sum(parameter.numel() for parameter in vae.encoder.parameters()) == 34_274_208
     assert sum(parameter.numel() for parameter in vae.decoder.parameters()) == 49_545_475
+
+
+def test_the_older_vae_has_the_published_number_of_weights():
+    with torch.device("meta"):
+        vae = AutoencoderKL(SD_VAE)
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
+    assert vae.state_dict()["quant_conv.weight"].shape == (8, 8, 1, 1)
+    assert vae.state_dict()["post_quant_conv.weight"].shape == (4, 4, 1, 1)
 
 
 def test_shapes_of_a_picture_that_is_not_square():
@@ -82,22 +92,27 @@ def diffusers_twin(vae):
         block_out_channels=config.level_widths,
         layers_per_block=config.blocks_per_level,
         latent_channels=config.latent_channels,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        use_quant_conv=config.quant_convolutions,
+        use_post_quant_conv=config.quant_convolutions,
     )
     twin.load_state_dict(dict(to_diffusers(vae.state_dict(), key_maps(config))), strict=True)
     return twin
 
 
 def key_maps(config):
-    return vae_key_maps(level_widths=config.level_widths, blocks_per_level=config.blocks_per_level)
+    return autoencoder_key_maps(
+        level_widths=config.level_widths,
+        blocks_per_level=config.blocks_per_level,
+        quant_convolutions=config.quant_convolutions,
+    )
 
 
 # In fp32, the gradients of biases that nearly cancel are rounding noise; fp64 tells whether the mathematics agree.
 @pytest.mark.reference
+@pytest.mark.parametrize("config", [TINY, OLDER], ids=["sd3", "sd1"])
 @pytest.mark.parametrize(("dtype", "gradient_tolerance"), [(torch.float32, None), (torch.float64, 1e-5)])
-def test_latents_pictures_and_gradients_equal_those_of_diffusers(dtype, gradient_tolerance):
-    vae = random_vae()
+def test_latents_pictures_and_gradients_equal_those_of_diffusers(dtype, gradient_tolerance, config):
+    vae = random_vae(config)
     twin = diffusers_twin(vae).to(dtype)
     vae = vae.to(dtype)
     generator = torch.Generator().manual_seed(2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from library.families.sd3.checkpoint import read_vae_config
 from library.families.sd3.files import Sd3Files
-from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
+from library.families.sd3.key_maps import denoiser_key_maps
 from library.families.sd3.mmdit import MMDiTConfig
 from library.families.sd3.options import LATENTS
 from library.io.diffusers_folder import ENCODER_STEM, MODEL_STEM, copy_tokenizer, save_component, write_json
@@ -17,6 +17,7 @@ from library.io.joined_tensors import JoinedTensors, PrefixedTensors
 from library.io.key_maps import KeyMap, from_diffusers, to_diffusers
 from library.io.safetensors import LazyTensors, save_tensors
 from library.nn.autoencoder_kl import AutoencoderKLConfig
+from library.nn.autoencoder_sizes import autoencoder_key_maps
 from library.text_encoders.clip import PROJECTION, clip_config
 from library.text_encoders.t5 import t5_config
 
@@ -183,7 +184,11 @@ def _save_encoder(name: str, tensors: Weights, folder: Path, dtype: torch.dtype 
 
 
 def _vae_maps(config: AutoencoderKLConfig) -> tuple[KeyMap, ...]:
-    return vae_key_maps(level_widths=config.level_widths, blocks_per_level=config.blocks_per_level)
+    return autoencoder_key_maps(
+        level_widths=config.level_widths,
+        blocks_per_level=config.blocks_per_level,
+        quant_convolutions=config.quant_convolutions,
+    )
 
 
 def _model_index(*, has_t5: bool) -> Iterator[tuple[str, Any]]:

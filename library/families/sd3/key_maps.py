@@ -1,11 +1,10 @@
-"""How the single file's tensors are named and laid out in diffusers' folders, for the denoiser and the VAE.
+"""How the single file's tensors are named and laid out in diffusers' folders, for the denoiser.
 
-Diffusers keeps three layers where the single file has one fused ``qkv``, wants (scale, shift) where the single file
-stores (shift, scale) in the two layers that have no gate, and has linear layers where the VAE's attention has 1x1
-convolutions. Everything else is a matter of names.
+Diffusers keeps three layers where the single file has one fused ``qkv``, and wants (scale, shift) where the single file
+stores (shift, scale) in the two layers that have no gate. Everything else is a matter of names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from library.io.key_maps import KeyMap, LayerMap, tensor_maps
 from library.records import FusedLinear
@@ -55,9 +54,6 @@ _QK_NORMS = {
 }
 _DUAL_QK_NORMS = {"x_block.attn2.ln_q": "attn2.norm_q", "x_block.attn2.ln_k": "attn2.norm_k"}
 
-_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
-_VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
 
 def denoiser_layers(*, depth: int, dual_attention_blocks: Sequence[int]) -> tuple[LayerMap, ...]:
     """This lists the denoiser's layers that have a weight and a bias, in both spellings.
@@ -102,46 +98,3 @@ def fused_linears(*, depth: int, dual_attention_blocks: Sequence[int]) -> dict[s
     """
     layers = denoiser_layers(depth=depth, dual_attention_blocks=dual_attention_blocks)
     return {layer.ours: FusedLinear(layer.theirs, swap_halves=layer.operation == "swap") for layer in layers}
-
-
-def vae_key_maps(*, level_widths: Sequence[int], blocks_per_level: int) -> tuple[KeyMap, ...]:
-    """This lists every tensor of the VAE in both spellings.
-
-    Args:
-        level_widths: Features per level, from full resolution to latent resolution.
-        blocks_per_level: Residual blocks per level of the encoder; the decoder has one more.
-    """
-    last = len(level_widths) - 1
-    layers: list[LayerMap] = []
-    for half in ("encoder", "decoder"):
-        layers += [LayerMap(f"{half}.{name}", (f"{half}.{name}",)) for name in ("conv_in", "conv_out")]
-        layers.append(LayerMap(f"{half}.norm_out", (f"{half}.conv_norm_out",)))
-        layers += _resnet(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0")
-        layers += _resnet(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1")
-        layers += _vae_attention(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0")
-    for level, width in enumerate(level_widths):
-        down, down_block = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
-        up, up_block = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
-        for i in range(blocks_per_level):
-            shortcut = i == 0 and width != level_widths[max(level - 1, 0)]
-            layers += _resnet(f"{down}.block.{i}", f"{down_block}.resnets.{i}", shortcut)
-        for i in range(blocks_per_level + 1):
-            shortcut = i == 0 and width != level_widths[min(level + 1, last)]
-            layers += _resnet(f"{up}.block.{i}", f"{up_block}.resnets.{i}", shortcut)
-        if level < last:
-            layers.append(LayerMap(f"{down}.downsample.conv", (f"{down_block}.downsamplers.0.conv",)))
-        if level > 0:
-            layers.append(LayerMap(f"{up}.upsample.conv", (f"{up_block}.upsamplers.0.conv",)))
-    return tuple(tensor_maps(layers))
-
-
-def _resnet(ours: str, theirs: str, shortcut: bool = False) -> Iterator[LayerMap]:
-    names = _RESNET | ({"nin_shortcut": "conv_shortcut"} if shortcut else {})
-    for our_name, their_name in names.items():
-        yield LayerMap(f"{ours}.{our_name}", (f"{theirs}.{their_name}",))
-
-
-def _vae_attention(ours: str, theirs: str) -> Iterator[LayerMap]:
-    yield LayerMap(f"{ours}.norm", (f"{theirs}.group_norm",))
-    for our_name, their_name in _VAE_ATTENTION.items():
-        yield LayerMap(f"{ours}.{our_name}", (f"{theirs}.{their_name}",), "squeeze")

@@ -1,15 +1,15 @@
 """The sizes of SD3's parts, read from tensor names and shapes alone, and whether the parts are whole."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
-from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
+from library.families.sd3.key_maps import denoiser_key_maps
 from library.io.key_maps import KeyMap
 from library.io.part_shapes import check_names, last_number, names_in_layout, numbers, shape_of
 from library.io.parts import Part
+from library.nn.autoencoder_sizes import AutoencoderSizes, autoencoder_sizes
 
 HEAD_DIM = 64
 """Width of an attention head where no tensor tells it."""
@@ -38,21 +38,6 @@ class DenoiserSizes:
         return denoiser_key_maps(
             depth=self.depth, qk_norm=self.qk_norm, dual_attention_blocks=self.dual_attention_blocks
         )
-
-
-@dataclass(frozen=True)
-class VaeSizes:
-    """The sizes of a VAE; the fields are those of ``autoencoder_kl.AutoencoderKLConfig``, which needs torch."""
-
-    pixel_channels: int
-    latent_channels: int
-    level_widths: tuple[int, ...]
-    blocks_per_level: int
-
-    @property
-    def key_maps(self) -> tuple[KeyMap, ...]:
-        """All tensors of the VAE, in both spellings."""
-        return vae_key_maps(level_widths=self.level_widths, blocks_per_level=self.blocks_per_level)
 
 
 @dataclass(frozen=True)
@@ -103,10 +88,6 @@ _DENOISER_NAMES = {
         second_attention=r"transformer_blocks\.(\d+)\.attn2\.",
     ),
 }
-_VAE_LEVEL = {
-    "single": "encoder.down.{}.block.{}.norm2.weight",
-    "diffusers": "encoder.down_blocks.{}.resnets.{}.norm2.weight",
-}
 
 
 def denoiser_sizes(part: Part) -> DenoiserSizes:
@@ -143,29 +124,18 @@ def denoiser_sizes(part: Part) -> DenoiserSizes:
     return sizes
 
 
-def vae_sizes(part: Part) -> VaeSizes:
+def vae_sizes(part: Part) -> AutoencoderSizes:
     """This reads the VAE's sizes and checks that it is whole.
 
     Args:
         part: The VAE, in either layout.
 
     Raises:
-        ConfigError: A tensor is missing or unknown.
+        ConfigError: A tensor is missing or unknown, or it is an older model's.
     """
-    latent_channels = shape_of(part, "decoder.conv_in.weight", 4)[1]
-    if latent_channels == _OLDER_CHANNELS:
-        raise ConfigError(f"{part.title} holds an SD1 or SDXL VAE with {latent_channels} channels; SD3 needs 16")
-    level = _VAE_LEVEL[part.layout]
-    levels = last_number(part, re.escape(level.split("{")[0]) + r"(\d+)\.") + 1
-    widths = tuple(shape_of(part, level.format(i, 0), 1)[0] for i in range(levels))
-    sizes = VaeSizes(
-        pixel_channels=shape_of(part, "encoder.conv_in.weight", 4)[1],
-        latent_channels=latent_channels,
-        level_widths=widths,
-        blocks_per_level=sum(level.format(0, i) in part.names for i in range(len(part.names))),
-    )
-    check_names(part, names_in_layout(sizes.key_maps, part.layout))
-    return sizes
+    if shape_of(part, "decoder.conv_in.weight", 4)[1] == _OLDER_CHANNELS:
+        raise ConfigError(f"{part.title} holds an SD1 or SDXL VAE with {_OLDER_CHANNELS} channels; SD3 needs 16")
+    return autoencoder_sizes(part)
 
 
 def clip_sizes(part: Part) -> EncoderSizes:

@@ -4,8 +4,9 @@ import json
 import math
 from pathlib import Path
 
-from library.families.sd3.key_maps import denoiser_key_maps, vae_key_maps
+from library.families.sd3.key_maps import denoiser_key_maps
 from library.io.header import DTYPE_BITS
+from library.nn.autoencoder_sizes import autoencoder_key_maps
 
 KEYS = Path(__file__).parents[2] / "data" / "keys"
 LISTS = {"medium": "SD3-medium", "5-large": "SD3_5-large", "5-medium": "SD3_5-medium", "vae": "sd3_vae"}
@@ -51,7 +52,7 @@ def denoiser_in_diffusers_layout(kind):
 
 
 def vae_in_diffusers_layout():
-    maps = vae_key_maps(level_widths=(128, 256, 512, 512), blocks_per_level=2)
+    maps = autoencoder_key_maps(level_widths=(128, 256, 512, 512), blocks_per_level=2, quant_convolutions=False)
     return in_diffusers_layout(published("vae"), maps)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.families.sd3.key_maps import denoiser_key_maps, fused_linears, vae_key_maps
+from library.families.sd3.key_maps import denoiser_key_maps, fused_linears
 from library.io.key_maps import from_diffusers, to_diffusers
+from library.nn.autoencoder_sizes import autoencoder_key_maps
 from library.records import FusedLinear
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "sd3"
@@ -17,7 +18,7 @@ PUBLISHED = {
     "sd3.5-medium": (dict(depth=24, qk_norm=True, dual_attention_blocks=range(13)), 665, 909),
     "sd3.5-large": (dict(depth=38, qk_norm=True, dual_attention_blocks=()), 923, 1227),
 }
-VAE = dict(level_widths=(128, 256, 512, 512), blocks_per_level=2)
+VAE = dict(level_widths=(128, 256, 512, 512), blocks_per_level=2, quant_convolutions=False)
 
 
 def published_shapes(name):
@@ -77,7 +78,7 @@ def test_halves_are_swapped_in_the_two_layers_without_gate_and_rows_cut_in_order
 
 def test_the_vae_maps_equal_the_published_list_of_both_spellings():
     lines = [line.split("\t") for line in (GOLDEN / "vae.txt").read_text().splitlines()]
-    maps = vae_key_maps(**VAE)
+    maps = autoencoder_key_maps(**VAE)
     assert len(lines) == len(maps) == 244
     assert {entry.ours: entry.theirs[0] for entry in maps} == {ours: theirs for ours, _, theirs in lines}
     squeezed = {entry.ours for entry in maps if entry.operation == "squeeze"}

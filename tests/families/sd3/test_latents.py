@@ -10,7 +10,7 @@ from library.records import Resolution
 @pytest.fixture(scope="module")
 def vae():
     torch.manual_seed(0)
-    return AutoencoderKL(AutoencoderKLConfig(3, 16, (32, 32, 32, 32), 1)).eval()
+    return AutoencoderKL(AutoencoderKLConfig(3, 16, (32, 32, 32, 32), 1, False)).eval()
 
 
 class Constant(nn.Module):
