@@ -105,6 +105,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("SDXL", "input_blocks.*, label_emb", (r"^input_blocks\.", r"^label_emb\.0\.0\.weight$")),
     Architecture("SD2.x", "input_blocks.*", (r"^input_blocks\.",), Width(_UNET, 1, 1024)),
     Architecture("SD1.x", "input_blocks.*", (r"^input_blocks\.",), Width(_UNET, 1, 768)),
+    Architecture("SD of no published size", "input_blocks.*", (_UNET, r"^out\.2\.weight$")),
     Architecture(
         "SDXL refiner in diffusers' spelling",
         "down_blocks.*, add_embedding",
@@ -120,6 +121,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "SD2.x in diffusers' spelling", "down_blocks.*", (r"^down_blocks\.",), Width(_UNET_DIFFUSERS, 1, 1024)
     ),
     Architecture("SD1.x in diffusers' spelling", "down_blocks.*", (r"^down_blocks\.",), Width(_UNET_DIFFUSERS, 1, 768)),
+    Architecture(
+        "SD of no published size, in diffusers' spelling", "down_blocks.*", (_UNET_DIFFUSERS, r"^conv_out\.weight$")
+    ),
     # Text encoders.
     Architecture("T5-XXL", "encoder.block.*", (_T5,), Width(_T5, 1, 4096)),
     Architecture("a T5", "encoder.block.*", (_T5,)),

@@ -34,8 +34,9 @@ class Component:
         anchors: Layout -> patterns of tensors that it has and no other part has.
         keep: Pattern of the names, without prefix, that belong to it.
         drop: Pattern of names that some files store beside and that are no weights.
-        architecture: How the names of the architectures begin that its file may be called by
-            (``library.io.architectures``): what has some of its names but is called otherwise is refused. Empty: any.
+        architectures: How the names of the architectures begin that its file may be called by
+            (``library.io.architectures``): what has some of its names but is called otherwise is refused. By default
+            any will do.
         embedding: Its embedding, by which it is told from a part with the same names; empty where there is none.
         marks: Word in the embedding's prefix that parts with the same names have in common: ``clip_``.
         mark: Word in the embedding's prefix that tells it from them: ``clip_l``.
@@ -49,7 +50,7 @@ class Component:
     anchors: Mapping[str, tuple[str, ...]]
     keep: str
     drop: str = r"(?!)"
-    architecture: str = ""
+    architectures: tuple[str, ...] = ("",)
     embedding: str = ""
     marks: str = ""
     mark: str = ""
@@ -91,7 +92,7 @@ def require_part(
     found = _candidates(component, headers, title)
     shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
     looks_like = identify(shapes, shapes)
-    if looks_like is not None and not looks_like.startswith(component.architecture):
+    if looks_like is not None and not looks_like.startswith(component.architectures):
         found = []  # a ControlNet and a LoRA have some of a denoiser's names
     if len(found) == 1 and component.width is not None:
         width = found[0].shapes[component.embedding][-1]

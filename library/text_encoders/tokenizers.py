@@ -177,12 +177,13 @@ def is_gemma_folder(folder: Path) -> bool:
     return model is not None and model.get("type") == "BPE" and _GEMMA_START in model.get("vocab", ())
 
 
-def load_clip_tokenizer(folder: Path, *, pad_id: int | None) -> CaptionTokenizer:
+def load_clip_tokenizer(folder: Path, *, pad_id: int | None, length: int = CLIP_LENGTH) -> CaptionTokenizer:
     """This loads a CLIP tokenizer.
 
     Args:
         folder: Holds ``vocab.json`` and ``merges.txt``, or ``tokenizer.json``.
         pad_id: Fills short captions; None: the end token.
+        length: Ids per caption.
 
     Raises:
         ConfigError: Its files can't be read.
@@ -195,7 +196,7 @@ def load_clip_tokenizer(folder: Path, *, pad_id: int | None) -> CaptionTokenizer
 
     backend = _readable(load, folder)
     end_id = backend.encode("").ids[-1]
-    return _windowed(backend, CLIP_LENGTH, end_id if pad_id is None else pad_id)
+    return _windowed(backend, length, end_id if pad_id is None else pad_id)
 
 
 def load_t5_tokenizer(folder: Path, *, length: int) -> CaptionTokenizer:

@@ -24,7 +24,7 @@ COMPONENTS = {
         keep=rf"(?!{OTHER_PARTS})",
         # the encoded empty caption, positions that are computed here, and what only the teacher of Sprint has
         drop=r"(?:y_embedder\.y_embedding$|pos_embed$|logvar_linear\.)",
-        architecture="Sana",
+        architectures=("Sana",),
     ),
     "vae": Component(
         "VAE",

@@ -27,7 +27,7 @@ COMPONENTS = {
             ),
         },
         keep=rf"(?!{OTHER_PARTS}|cond_stage_model|alphas_|betas$|sqrt_|posterior_|log_one|model_ema)",
-        architecture="SD",
+        architectures=("SD1.x", "SD2.x", "SD of"),
     ),
     "vae": Component(
         "VAE",

@@ -19,7 +19,7 @@ COMPONENTS = {
             "diffusers": (r"transformer_blocks\.0\.norm1_context\.linear\.weight", r"pos_embed\.proj\.weight"),
         },
         keep=rf"(?!{OTHER_PARTS})",
-        architecture="SD3",
+        architectures=("SD3",),
     ),
     "vae": Component(
         "VAE",

@@ -1,0 +1,149 @@
+"""Where each part of Stable Diffusion 1.x and 2.x lies, and whether the files can work together, from headers alone."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.config.documents import read_json
+from library.config.errors import ConfigError
+from library.config.full import PARTS
+from library.config.model import ModelConfig
+from library.families.sd.options import SdOptions
+from library.families.sd.parts import COMPONENTS, LAYOUT
+from library.families.sd.sizes import UNetSizes, clip_sizes, unet_sizes, vae_sizes
+from library.io.parts import Part
+from library.records import ModelDescription, Resolution, SamplingDefaults
+
+_IMPLEMENTATION = "https://github.com/Stability-AI/stablediffusion"
+_FIRST_IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"
+_READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": unet_sizes, "vae": vae_sizes, "clip": clip_sizes}
+_NATIVE_SIDE, _V_NATIVE_SIDE = 512, 768
+_PREDICTIONS = {"epsilon": False, "v_prediction": True}
+
+
+@dataclass(frozen=True)
+class SdFiles:
+    """Where each part lies.
+
+    Attributes:
+        denoiser: The U-Net.
+        vae: The VAE.
+        clip: The text encoder.
+        is_v2: Whether the model is of the second generation.
+        v_prediction: Whether it predicts velocities, where the files say so; None: they don't.
+    """
+
+    denoiser: Part
+    vae: Part
+    clip: Part
+    is_v2: bool
+    v_prediction: bool | None
+
+
+def problems(model: ModelConfig, options: SdOptions) -> list[str]:
+    """This checks every path from headers alone and returns all that is wrong, a line each.
+
+    Args:
+        model: The base model and the VAE.
+        options: Of the family.
+    """
+    return _search(model, options)[1]
+
+
+def locate(model: ModelConfig, options: SdOptions) -> SdFiles:
+    """This finds every part.
+
+    Args:
+        model: The base model and the VAE.
+        options: Of the family.
+
+    Raises:
+        ConfigError: What ``problems`` returns, if anything.
+    """
+    parts, wrong = _search(model, options)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    base = Path(str(model.pretrained_model_name_or_path))
+    return SdFiles(
+        denoiser=parts["denoiser"],
+        vae=parts["vae"],
+        clip=parts["clip"],
+        is_v2=unet_sizes(parts["denoiser"]).is_v2,
+        v_prediction=_stored_prediction(base) if LAYOUT.is_folder(base) else None,
+    )
+
+
+def describe(files: SdFiles, options: SdOptions | None = None) -> ModelDescription:
+    """This says which model the files are.
+
+    Args:
+        files: From ``locate``.
+        options: The family's options; None: their defaults.
+    """
+    options = options or SdOptions()
+    sizes, clip = unet_sizes(files.denoiser), clip_sizes(files.clip)
+    title = "Stable Diffusion 2.x" if files.is_v2 else "Stable Diffusion 1.x"
+    side = _V_NATIVE_SIDE if files.v_prediction else _NATIVE_SIDE
+    tokens = int(options.max_token_length) + 2
+    return ModelDescription(
+        title=title,
+        architecture="stable-diffusion-v2" if files.is_v2 else "stable-diffusion-v1",
+        base_model_version="sd_v2" if files.is_v2 else "sd_v1",
+        parameters=_numbers(files.denoiser),
+        sizes={
+            "width": sizes.width,
+            "levels": len(sizes.multipliers),
+            "text features": sizes.context_width,
+            "layers of the text encoder": clip.depth,
+        },
+        native_resolution=Resolution(side, side),
+        implementation=_IMPLEMENTATION if files.is_v2 else _FIRST_IMPLEMENTATION,
+        blocks=stage_count(sizes),
+        trainable_text_encoders=("clip",),
+        save_layouts={"safetensors": PARTS, "diffusers": PARTS},
+        text_numbers=tokens * clip.width,
+        sampling=SamplingDefaults(sampler="euler", steps=28, scale=7.5),
+    )
+
+
+def stage_count(sizes: UNetSizes) -> int:
+    """How many stages a U-Net has between its first and its last convolution."""
+    levels, blocks = len(sizes.multipliers), sizes.blocks_per_level
+    return levels * blocks + (levels - 1) + 1 + levels * (blocks + 1)
+
+
+def _numbers(part: Part) -> int:
+    return sum(math.prod(shape) for shape in part.shapes.values())
+
+
+def _stored_prediction(folder: Path) -> bool | None:
+    """Whether a folder's schedule is for velocities; None: it doesn't say."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return _PREDICTIONS.get(read_json(path)["prediction_type"])
+    except (ConfigError, KeyError, TypeError):
+        return None
+
+
+def _search(model: ModelConfig, options: SdOptions) -> tuple[dict[str, Part], list[str]]:
+    """All parts that can be found, and all that is wrong."""
+    named = {"vae": model.vae}
+    parts, wrong = LAYOUT.search(model.pretrained_model_name_or_path, named)
+    sizes: dict[str, Any] = {}
+    for name, part in parts.items():
+        try:
+            sizes[name] = _READERS[name](part)
+        except ConfigError as error:
+            wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
+    unet, clip = sizes.get("denoiser"), sizes.get("clip")
+    if unet is not None and options.v2 and not unet.is_v2:
+        wrong.append(f"--v2: {parts['denoiser'].title} is Stable Diffusion 1.x; remove it")
+    if unet is not None and clip is not None and unet.context_width != clip.width:
+        wrong.append(
+            f"{parts['clip'].title} holds a text encoder of width {clip.width}; the U-Net takes {unet.context_width}"
+        )
+    if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
+        wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
+    return parts, wrong

@@ -1,0 +1,144 @@
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.config.errors import ConfigError
+from library.config.model import ModelConfig
+from library.families.sd.checkpoint import (
+    check_weights,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    read_unet_config,
+    read_vae_config,
+)
+from library.families.sd.files import describe, locate, problems
+from library.families.sd.options import SdOptions
+from library.nn.attention import sdpa
+from tests.families.sd.conftest import TINY_VAE
+
+FP32 = {"device": "cpu", "dtype": torch.float32}
+
+
+def located(path, **options):
+    return locate(ModelConfig(pretrained_model_name_or_path=str(path)), SdOptions(**options))
+
+
+def wrong(path, vae=None, **options):
+    return problems(ModelConfig(pretrained_model_name_or_path=str(path), vae=vae), SdOptions(**options))
+
+
+@pytest.fixture(params=["single", "folder", "checkpoint"])
+def model_path(request, tiny_sd, tmp_path):
+    if request.param == "folder":
+        return tiny_sd.folder(tmp_path / "model")
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    if request.param == "checkpoint":
+        checkpoint = tmp_path / "model.ckpt"
+        torch.save({"state_dict": load_file(path), "global_step": 7}, checkpoint)
+        return checkpoint
+    return path
+
+
+def test_every_layout_gives_the_same_model(tiny_sd, model_path):
+    files = located(model_path)
+    assert files.is_v2 == tiny_sd.is_v2
+    assert read_unet_config(files) == tiny_sd.config and read_vae_config(files) == TINY_VAE
+    assert check_weights(files) == []
+    unet, vae = load_unet(files, attention=sdpa, **FP32), load_vae(files, **FP32)
+    for loaded, own in ((unet, tiny_sd.denoiser), (vae, tiny_sd.vae)):
+        weights = loaded.state_dict()
+        assert weights.keys() == own.keys() and all(torch.equal(weights[name], own[name]) for name in own)
+    clip = load_text_encoder(files.clip, is_v2=files.is_v2, **FP32).state_dict()
+    assert all(torch.equal(clip[name], own) for name, own in tiny_sd.clip.items())
+
+
+def test_the_description_names_the_generation(tiny_sd, model_path):
+    description = describe(located(model_path))
+    assert description.title == f"Stable Diffusion {2 if tiny_sd.is_v2 else 1}.x"
+    assert description.base_model_version == f"sd_v{2 if tiny_sd.is_v2 else 1}"
+    assert description.parameters == sum(tensor.numel() for tensor in tiny_sd.denoiser.values())
+    assert description.text_numbers == 77 * 64 and description.blocks == 16
+    assert description.native_resolution.width == 512
+    assert describe(located(model_path), SdOptions(max_token_length="150")).text_numbers == 152 * 64
+
+
+def test_a_folder_says_what_the_model_predicts(tiny_sd, tmp_path):
+    files = located(tiny_sd.folder(tmp_path / "v", prediction="v_prediction"))
+    assert files.v_prediction is True and describe(files).native_resolution.width == 768
+    assert located(tiny_sd.folder(tmp_path / "noise")).v_prediction is False
+    assert located(tiny_sd.single_file(tmp_path / "file.safetensors")).v_prediction is None
+
+
+def test_v2_of_a_first_generation_model_is_refused(tiny_sd, tmp_path):
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    told = wrong(path, v2=True)
+    assert told == ([] if tiny_sd.is_v2 else [f"--v2: {path} is Stable Diffusion 1.x; remove it"])
+
+
+def test_other_unets_are_refused_by_their_task(tiny_sd, tmp_path):
+    for channels, kind in ((9, "an inpainting U-Net"), (8, "an image-editing U-Net"), (5, "a depth-guided U-Net")):
+        first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, channels, 3, 3)}
+        (told,) = wrong(tiny_sd.single_file(tmp_path / f"{channels}.safetensors", **first))
+        assert kind in told and "only those that make pictures from text" in told
+
+
+def test_other_models_are_called_by_their_names(tmp_path):
+    sdxl = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3),
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, 4),
+        "model.diffusion_model.out.2.weight": torch.zeros(4, 4, 3, 3),
+        "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 2816),
+    }
+    sd3 = {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(4, 4)}
+    for name, tensors in (("SDXL", sdxl), ("SD3", sd3)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors, path)
+        told = wrong(path)
+        assert told[0].startswith(f"{path} looks like {name} (") and "expected Stable Diffusion 1.x or 2.x" in told[0]
+
+
+def test_what_is_missing_or_unknown_is_named(tiny_sd, tmp_path):
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    del tensors["model.diffusion_model.out.0.bias"]
+    save_file(tensors, path)
+    assert any("1 of" in line and "out.0.bias" in line for line in wrong(path))
+    strange = {"model.diffusion_model.strange.weight": torch.zeros(1)}
+    assert any("1 unknown" in line for line in wrong(tiny_sd.single_file(path, **strange)))
+
+
+def test_a_vae_with_other_channels_is_refused(tiny_sd, tmp_path):
+    path, vae = tiny_sd.single_file(tmp_path / "model.safetensors"), tmp_path / "vae.safetensors"
+    save_file({**tiny_sd.vae, "decoder.conv_in.weight": torch.zeros(32, 16, 3, 3)}, vae)
+    (told,) = wrong(path, str(vae))
+    assert told.startswith("--vae: ") and "16 channels" in told
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused(tiny_sd, tmp_path):
+    narrow = dataclasses.replace(tiny_sd.config, context_width=48)
+    denoiser = {
+        name: tensor[:, :48] if "attn2.to_k" in name or "attn2.to_v" in name else tensor
+        for name, tensor in tiny_sd.denoiser.items()
+    }
+    path = tiny_sd._replace(config=narrow, denoiser=denoiser).single_file(tmp_path / "model.safetensors")
+    (told,) = wrong(path)
+    assert "a text encoder of width 64; the U-Net takes 48" in told
+
+
+def test_a_checkpoint_with_code_in_it_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"x": Evil()}}, path)
+    (told,) = wrong(path)
+    assert not (tmp_path / "written").exists() and str(path) in told
+
+
+def test_located_without_a_model():
+    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path is missing"):
+        locate(ModelConfig(), SdOptions())
