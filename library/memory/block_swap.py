@@ -197,7 +197,7 @@ class BlockSwap:
         """The turns after this one, each once, in the order in which they are expected."""
         last = len(self.numbers) - 1
         up, down = range(turn + 1, last + 1), range(turn - 1, -1, -1)
-        if _in_backward():
+        if in_backward():
             expected = itertools.chain(down, range(last + 1))
         elif torch.is_grad_enabled():
             expected = itertools.chain(up, range(last, -1, -1))
@@ -273,7 +273,7 @@ def _gradient_comes(swap: BlockSwap, turn: int, _: Tensor) -> None:
     swap.enter(turn)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is computing gradients in this thread."""
     return torch._C._current_graph_task_id() != -1
 

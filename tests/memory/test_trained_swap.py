@@ -46,8 +46,8 @@ class Tower(nn.Module):
 class Training:
     """A tower whose weights step in the backward pass, with or without swapped blocks."""
 
-    def __init__(self, count=None, interval=None):
-        self.model, self.transfers, self.swap = Tower(), LateTransfers(), None
+    def __init__(self, count=None, interval=None, transfers=None):
+        self.model, self.transfers, self.swap = Tower(), transfers or LateTransfers(), None
         blocks = list(self.model.blocks)
         if count is not None:
             checkpointed = range(0, DEPTH, interval) if interval else ()
