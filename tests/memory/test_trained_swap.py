@@ -199,6 +199,28 @@ def test_state_is_loaded_to_where_the_weights_step():
         training.swap.changed(training.model.blocks[0].inner.weight)
 
 
+def test_a_block_that_has_left_comes_again_whatever_came_between():
+    swap, settled, last = Training(3).swap, [], DEPTH - 1
+    swap.enter(last)
+    swap.come_home()
+    swap.enter(last)
+    assert last in swap.resident
+    for turn in range(DEPTH):
+        swap.enter(turn)
+
+    def refuse_the_second(weights):
+        settled.append(weights)
+        if len(settled) == 2:
+            raise ValueError("a gradient is no number")
+
+    swap.settle = refuse_the_second
+    with pytest.raises(ValueError, match="no number"):
+        swap.enter(0)
+    assert last not in swap.resident
+    swap.enter(last)
+    assert last in swap.resident
+
+
 @pytest.mark.parametrize("interval", [None, 1])
 def test_autocast_keeps_no_casts_of_blocks(interval):
     swapped, plain = Training(5, interval), Training(None, interval)
