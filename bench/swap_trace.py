@@ -80,7 +80,7 @@ def timeline(turns: list[Turn]) -> list[str]:
     heads = ["pass", "block", "on the device", "begins to come", "begins to go", "came"]
     rows = [[*heads, "waited, ms"] if timed else heads]
     for turn in turns:
-        came = "was there" if turn.ahead is None else f"{turn.ahead} turns ahead" if turn.ahead else "now"
+        came = {None: "was there", 0: "now", 1: "1 turn ahead"}.get(turn.ahead, f"{turn.ahead} turns ahead")
         row = ["backward" if turn.backward else "forward", str(turn.block)]
         row += [" ".join(map(str, blocks)) for blocks in (turn.resident, turn.fetched, turn.sent)]
         rows.append([*row, came, *([] if turn.late is None else [f"{turn.late * 1e3:.2f}"])])
