@@ -82,7 +82,7 @@ def load_model_side(
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     swap = None
     if config.network is None:
-        swap, notes = place_trained(config.memory, family, denoiser, device)
+        swap, notes = place_trained(config.memory, family, denoiser, device, precision)
     notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
     if sharding is not None:
         shard(family, trainable, sharding, device)

@@ -288,7 +288,7 @@ def test_copies_hide_behind_computation():
 def test_pinned_memory_is_no_larger_than_asked_for():
     import gc
 
-    from library.memory.pinned import pinned_buffer
+    from library.memory.pinned import _forget_error, pinned_buffer
 
     def allocated() -> int:
         return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)  # by torch's own allocator
@@ -303,6 +303,5 @@ def test_pinned_memory_is_no_larger_than_asked_for():
     del buffer
     gc.collect()
     assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0, "it was unregistered when it went"
-    with pytest.raises(RuntimeError):  # CUDA blames the next kernel for that refusal
-        torch.zeros(1, device="cuda")
+    _forget_error()  # or the next kernel would be blamed for that refusal
     assert not torch.zeros(1, device="cuda").any()
