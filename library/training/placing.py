@@ -99,8 +99,8 @@ def place_trained(
     casts = precision.mixed != "no" and precision.trained == torch.float32
     if casts and len(checkpointed(memory, len(blocks))) < len(blocks):
         notes.append(
-            f"block swap: {precision.mixed} copies of weights in blocks that aren't checkpointed stay on the device for "
-            "the backward pass; --gradient_checkpointing drops them, --full_bf16 makes none"
+            f"block swap: {precision.mixed} copies of weights in blocks that aren't checkpointed stay on the device "
+            "for the backward pass; --gradient_checkpointing drops them, --full_bf16 makes none"
         )
     swapped = {id(tensor) for tensor in swap.tensors}
     for tensor in _tensors(denoiser):

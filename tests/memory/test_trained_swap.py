@@ -221,6 +221,32 @@ def test_a_block_that_has_left_comes_again_whatever_came_between():
     assert last in swap.resident
 
 
+class MetaTransfers(LateTransfers):
+    """Nothing has numbers, and every address is 0."""
+
+    def host_buffer(self, size):
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    device_buffer = host_buffer
+
+    def fetch(self, source, target, slot):
+        pass
+
+    wait = send_home = wait_home = lambda *_: None
+
+
+def test_without_numbers_a_slot_is_still_told_from_other_memory():
+    model = Tower().to("meta")
+    swap = BlockSwap(list(model.blocks), 3, MetaTransfers())
+    swap.enter(0)
+    activation = torch.empty(8, device="meta")
+    assert swap.pack(0, activation) is activation
+    assert not isinstance(swap.pack(0, model.blocks[0].inner.weight.T), torch.Tensor)
+    loss = model(torch.empty(4, 8, device="meta"), torch.empty(8, device="meta")).sum()
+    loss.backward()
+    assert model.blocks[2].inner.weight.grad.shape == (32, 8)
+
+
 @pytest.mark.parametrize("interval", [None, 1])
 def test_autocast_keeps_no_casts_of_blocks(interval):
     swapped, plain = Training(5, interval), Training(None, interval)
