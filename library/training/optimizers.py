@@ -160,16 +160,30 @@ def set_training_mode(optimizer: Optimizer, training: bool) -> None:
         switch()
 
 
-def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], *, smallest_on_host: int | None = None) -> None:
     """This loads what ``state_dict`` gave, each tensor in the type it had.
 
     torch gives floating-point state the type of its parameter, and so rounds what an optimizer keeps in fp32 beside
     parameters in bf16.
 
+    Args:
+        optimizer: Takes the state.
+        state: On the host.
+        smallest_on_host: Tensors of so many bytes and more stay there; None: all come to their parameter's device.
+
     Raises:
         ValueError: The state is another optimizer's, or of other parameters.
     """
-    optimizer.load_state_dict(state)
+    saved = {number: _unwrapped(optimizer, values) for number, values in state["state"].items()}
+    staying = {
+        number: {name: value for name, value in values.items() if _is_as_large(value, smallest_on_host)}
+        for number, values in saved.items()
+    }
+    moving = {
+        number: {name: value for name, value in values.items() if name not in staying[number]}
+        for number, values in saved.items()
+    }
+    optimizer.load_state_dict({**state, "state": moving})
     # bitsandbytes leaves the state where it was read, and moves it at its first step only
     if hasattr(optimizer, "to_gpu"):
         optimizer.to_gpu()
@@ -177,7 +191,20 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for parameter, number in zip(parameters, numbers):
         own = optimizer.state.get(parameter, {})
-        for name, saved in state["state"].get(number, {}).items():
+        for name, value in moving.get(number, {}).items():
             loaded = own.get(name)
-            if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != saved.dtype:
-                own[name] = saved.to(loaded.device)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                own[name] = value.to(loaded.device)
+        own.update(staying.get(number, {}))
+
+
+def _unwrapped(optimizer: Optimizer, values: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's saved state; bitsandbytes hides its tensors from FSDP in a dictionary of their own."""
+    wrapped = getattr(optimizer, "_FSDP_WRAPPED_QUANT_STATE_KEY", None)
+    if wrapped not in values:
+        return values
+    return {**{name: value for name, value in values.items() if name != wrapped}, **values[wrapped]}
+
+
+def _is_as_large(value: Any, smallest: int | None) -> bool:
+    return smallest is not None and isinstance(value, Tensor) and value.nbytes >= smallest

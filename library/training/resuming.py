@@ -25,7 +25,7 @@ _FREE_OPTIONS = {
 }
 _COMPARED_CACHING = {"caption_variants", "no_half_vae"}
 _COMPARED_MEMORY = {"base_model_precision"}
-_COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding"}
+_COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding", "kahan_summation"}
 
 # These describe data, and the datasets that come of them are compared; apart from what acts in the loss.
 _DATA_GROUPS = {"data", "pictures", "captions"}
