@@ -86,6 +86,8 @@ def create_optimizer(
         settings.setdefault("fused", True)
     if optimizer_class.__module__.startswith("bitsandbytes") and device.type == "cpu":
         notes.append(f"no accelerator: {optimizer_class.__name__} runs bitsandbytes' CPU code; nothing is paged")
+    if optimizer_class.__module__.startswith("bitsandbytes") and settings.get("nesterov"):
+        notes.append(f"bitsandbytes' {optimizer_class.__name__} takes nesterov and ignores it: its momentum is plain")
     rate: float | None = learning_rate
     if settings.get("relative_step") is True:
         notes.append("Adafactor with relative_step sets the learning rate by itself; --learning_rate is not used")

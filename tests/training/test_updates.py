@@ -121,7 +121,10 @@ def test_what_kahan_summation_keeps_is_saved_and_dropped_with_it(trainer, capsys
         ({**AWAY, "optimizer_type": "prodigyopt.Prodigy"}, "with prodigyopt.Prodigy that is not the same"),
         ({**AWAY, "optimizer_type": "PagedAdamW8bit"}, "with PagedAdamW8bit, whose paged state goes to the host by it"),
         ({**AWAY, "optimizer_type": "bitsandbytes.optim.PagedLion"}, "whose paged state goes to the host by itself"),
-        ({**AWAY, "mixed_precision": "fp16"}, "--mixed_precision fp16 scales the loss and drops whole steps, but --off"),
+        (
+            {**AWAY, "mixed_precision": "fp16"},
+            "fp16 scales the loss and drops whole steps, but --offload_optimizer_dev",
+        ),
         ({"offload_optimizer_nvme_path": "/x"}, "state goes to host memory only. Use --offload_optimizer_device cpu"),
         (
             {"optimizer_type": "CAME", "optimizer_args": ["clip_treshold=1"]},
