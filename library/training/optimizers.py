@@ -40,6 +40,8 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "came8bit": ("library.optimizers.came", "CAME8bit", {}),
     "stableadamw": ("pytorch_optimizer", "StableAdamW", {}),
 }
+# What bitsandbytes keeps in paged memory.
+_PAGED = ("state1", "state2")
 _PACKAGES = {
     "lion_pytorch": "lion-pytorch",
     "came_pytorch": "came-pytorch",
@@ -177,8 +179,13 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], *, smalles
         ValueError: The state is another optimizer's, or of other parameters.
     """
     saved = {number: _unwrapped(optimizer, values) for number, values in state["state"].items()}
+    paged = getattr(optimizer, "is_paged", False)
     staying = {
-        number: {name: value for name, value in values.items() if _is_as_large(value, smallest_on_host)}
+        number: {
+            name: value
+            for name, value in values.items()
+            if (paged and name in _PAGED) or _is_as_large(value, smallest_on_host)
+        }
         for number, values in saved.items()
     }
     moving = {
@@ -197,7 +204,14 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], *, smalles
             loaded = own.get(name)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 own[name] = value.to(loaded.device)
-        own.update(staying.get(number, {}))
+        for name, value in staying.get(number, {}).items():
+            own[name] = _paged_again(optimizer, parameter, value) if paged else value
+
+
+def _paged_again(optimizer: Any, parameter: Tensor, value: Tensor) -> Tensor:
+    """A loaded tensor where the optimizer would have made it; bitsandbytes would leave it on the device for good."""
+    buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+    return buffer.copy_(value)
 
 
 def _unwrapped(optimizer: Optimizer, values: dict[str, Any]) -> dict[str, Any]:
