@@ -47,6 +47,13 @@ class MemoryConfig:
         "accumulation, no fp16 and one process.",
         metadata_key="ss_fused_backward_pass",
     )
+    offload_optimizer_device: str = option(
+        "none",
+        "cpu: the optimizer's state waits in host memory between steps. Each weight's part comes ahead of its turn and "
+        "goes back after it, beside the computation; the results are the same. Needs an optimizer that can step one "
+        "weight at a time, and no fp16.",
+        choices=("none", "cpu"),
+    )
     cpu_offload_checkpointing: bool = option(
         False,
         "With --gradient_checkpointing: the inputs of the blocks wait in host memory for the backward pass, and come "
@@ -111,6 +118,11 @@ class MemoryConfig:
                 "gradients would wait on the device until the blocks come back to step; add --fused_backward_pass "
                 "--max_grad_norm 0"
             )
+
+    @property
+    def optimizer_state_on_host(self) -> bool:
+        """Whether the optimizer's state waits on the host between steps."""
+        return self.offload_optimizer_device == "cpu"
 
     @property
     def base_format(self) -> str | None:
