@@ -5,10 +5,10 @@ four-bit formats one for each run of ``GROUP`` weights of an output. Codes and s
 that whatever moves a layer's tensors (block swap, ``to``) moves them too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,25 +133,70 @@ def can_quantize(layer: nn.Module, chosen: WeightFormat) -> bool:
     return matrix and inputs % (chosen.group or 1) == 0
 
 
-def quantize_layer(layer: nn.Linear | nn.Conv2d, chosen: WeightFormat) -> None:
+class CodesAndScales(NamedTuple):
+    """A matrix as the fp8 format stores it: codes (O, I), float8_e4m3fn, and a scale for each output (O, 1), fp32."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+Stored = Callable[[nn.Module], CodesAndScales | None]
+"""What a file has of a layer's matrix in fp8, or None."""
+
+
+class Quantized(NamedTuple):
+    """What was done to a model's layers.
+
+    Attributes:
+        layers: How many are stored in a format now.
+        kept: How many of those have the very codes of the file.
+    """
+
+    layers: int
+    kept: int
+
+
+def quantize_layer(layer: nn.Linear | nn.Conv2d, chosen: WeightFormat, stored: CodesAndScales | None = None) -> bool:
     """This replaces a layer's weight by codes and scales, and its ``forward`` by one that computes from them.
 
     The layer's type, name and bias stay. It has no ``weight`` any more, so it can't be trained, merged or saved.
+
+    Args:
+        layer: One that ``can_quantize``.
+        chosen: The format.
+        stored: What the file has of the matrix: it is taken as it is for fp8, and for other formats the numbers are
+            made from it rather than from the weight, which may have been rounded. If the weight was changed since it
+            was loaded, the weight counts.
+
+    Returns:
+        Whether the codes are those of the file.
     """
-    weight = layer.weight.detach().float().flatten(1)
-    codes, scales = chosen.quantize(weight)
+    weight = layer.weight.detach().flatten(1)
+    exact, kept = weight.float(), False
+    if stored is not None and not weight.is_meta:
+        stored = CodesAndScales(*(tensor.to(weight.device) for tensor in stored))
+        product = FORMATS["fp8"].dequantize(*stored, torch.float32)
+        if torch.equal(product.to(weight.dtype), weight):
+            exact, kept = product, chosen.name == "fp8"
+    codes, scales = stored if stored is not None and kept else chosen.quantize(exact)
     del layer.weight
     layer.register_buffer("weight_codes", codes, persistent=False)
     layer.register_buffer("weight_scales", scales, persistent=False)
     layer.forward = partial(_forward, layer, chosen)  # type: ignore[method-assign, assignment]
+    return kept
 
 
-def quantize_blocks(blocks: list[nn.Module], chosen: WeightFormat) -> int:
-    """This stores the matrices of a model's blocks in a format; norms, biases and all else stay. Returns how many."""
+def quantize_blocks(blocks: Iterable[nn.Module], chosen: WeightFormat, stored: Stored | None = None) -> Quantized:
+    """This stores the matrices of a model's blocks in a format; norms, biases and all else stay.
+
+    Args:
+        blocks: The blocks.
+        chosen: The format.
+        stored: Tells what the file has of a layer in fp8, see ``quantize_layer``.
+    """
     layers = [layer for block in blocks for layer in block.modules() if can_quantize(layer, chosen)]
-    for layer in layers:
-        quantize_layer(layer, chosen)  # type: ignore[arg-type]
-    return len(layers)
+    kept = [quantize_layer(layer, chosen, stored and stored(layer)) for layer in layers]  # type: ignore[arg-type]
+    return Quantized(len(layers), sum(kept))
 
 
 def _forward(layer: Any, chosen: WeightFormat, x: Tensor) -> Tensor:
@@ -161,9 +206,8 @@ def _forward(layer: Any, chosen: WeightFormat, x: Tensor) -> Tensor:
     matrix = isinstance(layer, nn.Linear)
     if not matrix:  # a 1x1 convolution is a matrix over the channels
         x = x.permute(0, 2, 3, 1)
-    out = _QuantizedMatmul.apply(x, layer.weight_codes, layer.weight_scales, chosen)
-    if layer.bias is not None:
-        out = out + layer.bias.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    out = _QuantizedMatmul.apply(x, layer.weight_codes, layer.weight_scales, bias, chosen)
     return out if matrix else out.permute(0, 3, 1, 2)
 
 
@@ -171,14 +215,16 @@ class _QuantizedMatmul(torch.autograd.Function):
     """x W^T, keeping codes and scales for the backward pass instead of the matrix."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, chosen: WeightFormat) -> Tensor:
-        """From x (..., I), codes and scales: (..., O)."""
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, chosen: WeightFormat
+    ) -> Tensor:
+        """From x (..., I), codes, scales and a frozen bias (O,): (..., O)."""
         ctx.save_for_backward(codes, scales)
         ctx.chosen, ctx.dtype = chosen, x.dtype
-        return F.linear(x, chosen.dequantize(codes, scales, x.dtype))
+        return F.linear(x, chosen.dequantize(codes, scales, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x; the weights have none."""
+        """The gradient of x; the weights and the bias have none."""
         codes, scales = ctx.saved_tensors
-        return grad.to(ctx.dtype) @ ctx.chosen.dequantize(codes, scales, ctx.dtype), None, None, None
+        return grad.to(ctx.dtype) @ ctx.chosen.dequantize(codes, scales, ctx.dtype), None, None, None, None

@@ -28,6 +28,7 @@ from library.training.data import (
     text_signature,
 )
 from library.training.precision import Precision
+from library.training.stored_fp8 import log_fp8
 from networks.merge import merge
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def load_encoders(
     for name, dtype in trained.items():  # read anew, so that nothing is lost to a narrower type
         if dtype != precision.frozen:
             loaded |= family.load_text_encoders(device=device, dtype=dtype, names=[name])
+    for name in loaded:
+        log_fp8(config, family, name, trained.get(name, precision.frozen), trained=name in trained)
     merge_base_weights(config, family, loaded)
     return loaded
 

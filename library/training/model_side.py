@@ -18,6 +18,7 @@ from library.training.placing import load_device, place, save_activations
 from library.training.precision import Precision
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
+from library.training.stored_fp8 import log_fp8, stored_codes
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,9 @@ def load_model_side(
     # the whole of a sharded model need not fit on the device
     home = load_device(config.memory, device) if sharding is None else torch.device("cpu")
     denoiser = family.load_denoiser(device=home, dtype=dtype)
+    log_fp8(config, family, DENOISER, dtype, trained=True)
     merge_base_weights(config, family, {DENOISER: denoiser})
-    notes = place(config.memory, family, denoiser, device)
+    notes = place(config.memory, family, denoiser, device, stored=stored_codes(family, DENOISER, denoiser))
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
     if sharding is not None:

@@ -1,0 +1,64 @@
+"""Files in fp8: what the log says of them, and their codes for whoever keeps them."""
+
+import logging
+
+import torch
+from torch import nn
+
+from library.config.run import RunConfig
+from library.families.protocols import ModelFamily
+from library.io.fp8_matrices import Fp8Matrices
+from library.memory.quantization import CodesAndScales, Stored
+
+log = logging.getLogger(__name__)
+
+
+def stored_codes(family: ModelFamily, component: str, root: nn.Module) -> Stored:
+    """What the files have in fp8 of a layer of ``root``, which was loaded from them as ``component``."""
+    matrices = family.stored_fp8(component)
+    names = {id(layer): f"{name}.weight" for name, layer in root.named_modules()}
+
+    def stored(layer: nn.Module) -> CodesAndScales | None:
+        name = names[id(layer)]
+        return CodesAndScales(*matrices[name]) if name in matrices else None
+
+    return stored
+
+
+def log_fp8(config: RunConfig, family: ModelFamily, component: str, dtype: torch.dtype, *, trained: bool) -> None:
+    """Say what becomes of the matrices that the files hold in fp8, if any.
+
+    Args:
+        config: The run.
+        family: The model's parts.
+        component: The one that was loaded.
+        dtype: Of its weights.
+        trained: Whether it is among what is trained; its own weights are in a full fine-tune only.
+    """
+    matrices = family.stored_fp8(component)
+    if not matrices:
+        return
+    told, width = _contents(component, matrices), str(dtype).removeprefix("torch.")
+    if trained and config.network is None:
+        log.warning(
+            "%s. They are trained from there in %s: what fp8 rounded away, some 3 %% of each number, is not in the "
+            "file. Better start from the fp16 or bf16 file, if there is one",
+            told,
+            width,
+        )
+        return
+    chosen = config.memory.base_format
+    if chosen is None:
+        log.info("%s. They become %s; --base_model_precision fp8 keeps them as they are", told, width)
+    elif chosen == "fp8":
+        log.info("%s. Those of the blocks stay as they are, others become %s", told, width)
+    else:
+        log.info("%s. Those of the blocks are rounded again, to %s", told, chosen)
+
+
+def _contents(component: str, matrices: Fp8Matrices) -> str:
+    part = matrices.part
+    scaled = len(part.scales)
+    told = f"{component}: {part.title} holds {len(matrices)} matrices in fp8"
+    told += f", {scaled} of its weights with a scale" if scaled else ", without scales"
+    return told + (f" ({len(part.unused)} scales of activations are left out)" if part.unused else "")
