@@ -68,8 +68,28 @@ class MemoryConfig:
     )
     quantize_via: str = option(
         "accelerator",
-        "Where --base_model_precision is computed: block by block on the device, or on the host, which is slower.",
+        "Where --base_model_precision and --text_encoder_1_precision are computed: block by block on the device, or on "
+        "the host, which is slower.",
         choices=("accelerator", "cpu"),
+    )
+    text_encoder_1_precision: str = option(
+        "no_change",
+        "Store the matrices of the first text encoder, CLIP-L or Gemma, as --base_model_precision stores the "
+        "denoiser's, if it isn't trained. Cached text features follow it: they are encoded anew.",
+        choices=("no_change", *_FORMATS),
+        metadata_key="ss_text_encoder_1_precision",
+    )
+    text_encoder_2_precision: str = option(
+        "no_change",
+        "The same for the second text encoder, CLIP-G.",
+        choices=("no_change", *_FORMATS),
+        metadata_key="ss_text_encoder_2_precision",
+    )
+    text_encoder_3_precision: str = option(
+        "no_change",
+        "The same for the third text encoder, T5, which is larger than SD3.5 medium.",
+        choices=("no_change", *_FORMATS),
+        metadata_key="ss_text_encoder_3_precision",
     )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
@@ -80,7 +100,7 @@ class MemoryConfig:
             problems.append("--sdpa and --xformers exclude each other; keep one")
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
-        if self.quantize_via != "accelerator" and self.base_format is None:
+        if self.quantize_via != "accelerator" and not (self.base_format or self.encoder_formats):
             problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
         if self.gradient_checkpointing_interval != 1 and not self.gradient_checkpointing:
             problems.append("--gradient_checkpointing_interval does nothing without --gradient_checkpointing; add it")
@@ -103,7 +123,13 @@ class MemoryConfig:
     @property
     def base_format(self) -> str | None:
         """How the frozen denoiser's matrices are stored: int8, fp8, int4 or nf4; None: as they are loaded."""
-        return None if self.base_model_precision == "no_change" else self.base_model_precision.split("-")[0]
+        return _format(self.base_model_precision)
+
+    @property
+    def encoder_formats(self) -> dict[int, str]:
+        """How frozen text encoders' matrices are stored, by their number from 1; those that stay are left out."""
+        asked = (self.text_encoder_1_precision, self.text_encoder_2_precision, self.text_encoder_3_precision)
+        return {number: name for number, typed in enumerate(asked, 1) if (name := _format(typed)) is not None}
 
     @property
     def changes_placement(self) -> bool:
@@ -114,3 +140,7 @@ class MemoryConfig:
     def attention_backend(self) -> str:
         """The name that ``library.nn.attention`` knows: ``sdpa`` or ``xformers``."""
         return "xformers" if self.xformers else "sdpa"
+
+
+def _format(typed: str) -> str | None:
+    return None if typed == "no_change" else typed.split("-")[0]

@@ -11,6 +11,7 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.nn.attention import attention_function
+from library.training.encoder_precision import check_encoder_precision
 from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
@@ -43,6 +44,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         lambda: check_updates(config),
         lambda: asked_sharding(config, os.environ),
         lambda: job.check(config, family),
+        lambda: check_encoder_precision(config.memory, family, job.check(config, family)),
         lambda: _rehearse(config, family),
     )
     problems: list[str] = []

@@ -27,8 +27,9 @@ from library.training.data import (
     open_store,
     text_signature,
 )
+from library.training.encoder_precision import encoder_formats, precision_signature, quantize_encoder
 from library.training.precision import Precision
-from library.training.stored_fp8 import log_fp8
+from library.training.stored_fp8 import log_fp8, stored_codes
 from networks.merge import merge
 
 log = logging.getLogger(__name__)
@@ -116,13 +117,17 @@ def load_encoders(
 ) -> dict[str, nn.Module]:
     """The text encoders by name, on ``device``; those in ``trained`` in the type given there."""
     log.info("loading the text encoders")
-    loaded = family.load_text_encoders(device=device, dtype=precision.frozen)
-    for name, dtype in trained.items():  # read anew, so that nothing is lost to a narrower type
-        if dtype != precision.frozen:
-            loaded |= family.load_text_encoders(device=device, dtype=dtype, names=[name])
-    for name in loaded:
-        log_fp8(config, family, name, trained.get(name, precision.frozen), trained=name in trained)
+    formats = encoder_formats(config.memory, family)
+    loaded = {}
+    for name in family.description.text_encoders:
+        dtype = trained.get(name, precision.frozen)  # read in it, so that nothing is lost to a narrower type
+        home = torch.device("cpu") if name in formats else device
+        loaded |= family.load_text_encoders(device=home, dtype=dtype, names=[name])
+        log_fp8(config, family, name, dtype, trained=name in trained)
     merge_base_weights(config, family, loaded)
+    for name, chosen in formats.items():
+        stored = stored_codes(family, name, loaded[name])
+        log.info(quantize_encoder(name, loaded[name], chosen, stored, device, via=config.memory.quantize_via))
     return loaded
 
 
@@ -138,7 +143,7 @@ def prompt_readers(
 
 def cached_text_signature(config: RunConfig, text: TextEncodingStrategy, dtype: torch.dtype) -> dict[str, str]:
     """What stored text features depend on besides the caption; ``dtype`` is the encoders'."""
-    return {**text_signature(text, dtype), **base_weights_signature(config)}
+    return {**text_signature(text, dtype), **base_weights_signature(config), **precision_signature(config.memory)}
 
 
 class LatentPreparation:

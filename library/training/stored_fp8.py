@@ -9,6 +9,7 @@ from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.io.fp8_matrices import Fp8Matrices
 from library.memory.quantization import CodesAndScales, Stored
+from library.training.full_model import DENOISER
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,12 @@ def log_fp8(config: RunConfig, family: ModelFamily, component: str, dtype: torch
             width,
         )
         return
-    chosen = config.memory.base_format
+    option, chosen = "base_model_precision", config.memory.base_format
+    if component != DENOISER:
+        number = family.description.text_encoders.index(component) + 1
+        option, chosen = f"text_encoder_{number}_precision", config.memory.encoder_formats.get(number)
     if chosen is None:
-        log.info("%s. They become %s; --base_model_precision fp8 keeps them as they are", told, width)
+        log.info("%s. They become %s; --%s fp8 keeps them as they are", told, width, option)
     elif chosen == "fp8":
         log.info("%s. Those of the blocks stay as they are, others become %s", told, width)
     else:
