@@ -72,6 +72,15 @@ class MemoryConfig:
         "the host, which is slower.",
         choices=("accelerator", "cpu"),
     )
+    quantized_matmul: str = option(
+        "auto",
+        "How products with matrices in int8 or fp8 are computed: dequantize makes the matrix of its codes first, 8bit "
+        "rounds activations and gradients to 8 bits too, which is faster on large batches. auto measures both at the "
+        "start of a run on a GPU that has the instruction, takes the faster one for each direction and says so; a "
+        "resumed run goes on as it began. Text encoders are always dequantised.",
+        choices=("auto", "dequantize", "8bit"),
+        metadata_key="ss_quantized_matmul",
+    )
     text_encoder_1_precision: str = option(
         "no_change",
         "Store the matrices of the first text encoder, CLIP-L or Gemma, as --base_model_precision stores the "
@@ -102,6 +111,15 @@ class MemoryConfig:
             problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
         if self.quantize_via != "accelerator" and not (self.base_format or self.encoder_formats):
             problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
+        if self.quantized_matmul != "auto" and self.base_format is None:
+            problems.append(
+                "--quantized_matmul does nothing without --base_model_precision int8 or fp8; add it, or remove this"
+            )
+        if self.quantized_matmul == "8bit" and self.base_format in ("int4", "nf4"):
+            problems.append(
+                f"--quantized_matmul 8bit: {self.base_format} has no 8-bit arithmetic; use --base_model_precision int8 "
+                "or fp8, or remove this"
+            )
         if self.gradient_checkpointing_interval != 1 and not self.gradient_checkpointing:
             problems.append("--gradient_checkpointing_interval does nothing without --gradient_checkpointing; add it")
         if problems:

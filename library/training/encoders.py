@@ -118,7 +118,7 @@ def load_encoders(
     """The text encoders by name, on ``device``; those in ``trained`` in the type given there."""
     log.info("loading the text encoders")
     formats = encoder_formats(config.memory, family)
-    loaded = {}
+    loaded: dict[str, nn.Module] = {}
     for name in family.description.text_encoders:
         dtype = trained.get(name, precision.frozen)  # read in it, so that nothing is lost to a narrower type
         home = torch.device("cpu") if name in formats else device

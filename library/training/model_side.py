@@ -10,12 +10,14 @@ from torch import nn
 
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
+from library.memory.eight_bit import Matmul
 from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
 from library.training.jobs import Job
 from library.training.optimizers import CreatedOptimizer, create_optimizer
 from library.training.placing import load_device, place, save_activations
 from library.training.precision import Precision
+from library.training.quantized_matmul import decide_matmul
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
 from library.training.stored_fp8 import log_fp8, stored_codes
@@ -31,11 +33,13 @@ class ModelSide:
         denoiser: Frozen, unless it is what is trained.
         trainable: See ``Run``.
         created: The optimizer over its parameters.
+        matmul: How products with eight-bit matrices are computed; None: there are none.
     """
 
     denoiser: nn.Module
     trainable: Any
     created: CreatedOptimizer
+    matmul: Matmul | None = None
 
 
 def component_types(
@@ -57,6 +61,7 @@ def load_model_side(
     *,
     seed: int,
     sharding: ShardingSettings | None = None,
+    matmul: Matmul | None = None,
 ) -> ModelSide:
     """This loads the denoiser, and makes what is trained and its optimizer.
 
@@ -69,6 +74,7 @@ def load_model_side(
         precision: Of the weights.
         seed: Of the run.
         sharding: How the trained weights are spread over the processes; None: each has all of them.
+        matmul: How products with eight-bit matrices were computed in the run that goes on; None: it begins.
     """
     assert config.optimizer.learning_rate is not None
     dtype, _ = component_types(config, family, job, precision)
@@ -78,6 +84,8 @@ def load_model_side(
     log_fp8(config, family, DENOISER, dtype, trained=True)
     merge_base_weights(config, family, {DENOISER: denoiser})
     notes = place(config.memory, family, denoiser, device, stored=stored_codes(family, DENOISER, denoiser))
+    decided = decide_matmul(config, family, denoiser, device, before=matmul)
+    notes += decided.notes
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
     if sharding is not None:
@@ -91,4 +99,4 @@ def load_model_side(
     )
     for line in (*notes, *created.notes):
         log.info(line)
-    return ModelSide(denoiser, trainable, created)
+    return ModelSide(denoiser, trainable, created, decided.matmul)
