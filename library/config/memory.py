@@ -1,12 +1,12 @@
 """What trades time for memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
 from library.config.options import option
 
-_FORMATS = (
+FORMAT_NAMES = (
     "int8",
     "int8-quanto",
     "int8-torchao",
@@ -20,6 +20,7 @@ _FORMATS = (
     "nf4",
     "nf4-bnb",
 )
+"""Formats of frozen matrices, as typed; what comes after a dash doesn't matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class MemoryConfig:
         "For adapters: store the matrices of the frozen denoiser's blocks in 8 or 4 bits, with a scale per output or "
         "per 64 weights; norms, embeddings and what comes first and last stay as they are. What comes after a dash, as "
         "other tools write it, doesn't matter.",
-        choices=("no_change", *_FORMATS),
+        choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_base_model_precision",
     )
     quantize_via: str = option(
@@ -79,25 +80,24 @@ class MemoryConfig:
         "start of a run on a GPU that has the instruction, takes the faster one for each direction and says so; a "
         "resumed run goes on as it began. Text encoders are always dequantised.",
         choices=("auto", "dequantize", "8bit"),
-        metadata_key="ss_quantized_matmul",
     )
     text_encoder_1_precision: str = option(
         "no_change",
         "Store the matrices of the first text encoder, CLIP-L or Gemma, as --base_model_precision stores the "
         "denoiser's, if it isn't trained. Cached text features follow it: they are encoded anew.",
-        choices=("no_change", *_FORMATS),
+        choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_text_encoder_1_precision",
     )
     text_encoder_2_precision: str = option(
         "no_change",
         "The same for the second text encoder, CLIP-G.",
-        choices=("no_change", *_FORMATS),
+        choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_text_encoder_2_precision",
     )
     text_encoder_3_precision: str = option(
         "no_change",
         "The same for the third text encoder, T5, which is larger than SD3.5 medium.",
-        choices=("no_change", *_FORMATS),
+        choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_text_encoder_3_precision",
     )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
@@ -150,6 +150,12 @@ class MemoryConfig:
         return {number: name for number, typed in enumerate(asked, 1) if (name := _format(typed)) is not None}
 
     @property
+    def idle_options(self) -> tuple[str, ...]:
+        """Precisions of text encoders that stay as they are: a model may have fewer of them."""
+        numbers = (number for number in (1, 2, 3) if number not in self.encoder_formats)
+        return tuple(f"text_encoder_{number}_precision" for number in numbers)
+
+    @property
     def changes_placement(self) -> bool:
         """Whether the denoiser's weights lie elsewhere than on the device, or in fewer bits."""
         return bool(self.blocks_to_swap or self.stream_modulation or self.base_format)
@@ -158,6 +164,15 @@ class MemoryConfig:
     def attention_backend(self) -> str:
         """The name that ``library.nn.attention`` knows: ``sdpa`` or ``xformers``."""
         return "xformers" if self.xformers else "sdpa"
+
+
+def encoder_problems(memory: MemoryConfig, names: Sequence[str]) -> list[str]:
+    """Precisions of text encoders that there aren't, a line each; ``names`` are those that there are."""
+    return [
+        f"--text_encoder_{number}_precision does nothing: this model's text encoders are {', '.join(names)}; remove it"
+        for number in memory.encoder_formats
+        if number > len(names)
+    ]
 
 
 def _format(typed: str) -> str | None:

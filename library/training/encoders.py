@@ -16,8 +16,10 @@ from library.config.run import RunConfig
 from library.data.cache_keys import text_key
 from library.data.store import TensorStore
 from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.families.stored_fp8 import stored_codes
 from library.records import TensorRecord
 from library.sampling.prompts import PromptRequest, PromptText
+from library.text_encoders.few_bits import encoder_formats, quantize_encoder
 from library.training.data import (
     TrainingData,
     captions_of,
@@ -27,9 +29,9 @@ from library.training.data import (
     open_store,
     text_signature,
 )
-from library.training.encoder_precision import encoder_formats, precision_signature, quantize_encoder
+from library.training.encoder_precision import precision_signature
 from library.training.precision import Precision
-from library.training.stored_fp8 import log_fp8, stored_codes
+from library.training.stored_fp8 import log_fp8
 from networks.merge import merge
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ def load_encoders(
 ) -> dict[str, nn.Module]:
     """The text encoders by name, on ``device``; those in ``trained`` in the type given there."""
     log.info("loading the text encoders")
-    formats = encoder_formats(config.memory, family)
+    formats = encoder_formats(config.memory, family.description.text_encoders)
     loaded: dict[str, nn.Module] = {}
     for name in family.description.text_encoders:
         dtype = trained.get(name, precision.frozen)  # read in it, so that nothing is lost to a narrower type

@@ -10,6 +10,7 @@ from torch import nn
 
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
+from library.families.stored_fp8 import stored_codes
 from library.memory.eight_bit import Matmul
 from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
@@ -20,7 +21,7 @@ from library.training.precision import Precision
 from library.training.quantized_matmul import decide_matmul
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
-from library.training.stored_fp8 import log_fp8, stored_codes
+from library.training.stored_fp8 import log_fp8
 
 log = logging.getLogger(__name__)
 

@@ -187,6 +187,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             {
                 **run_facts(config, plan, prepared.max_steps, created.label, seed),
                 "num_validation_images": len(data.discovery.validation) or None,
+                "quantized_matmul": model.matmul and f"{model.matmul.forward} {model.matmul.backward}",
             },
         ),
         origin={**prepared.origin, **matmul_facts(model.matmul)},

@@ -1,29 +1,15 @@
-"""Files in fp8: what the log says of them, and their codes for whoever keeps them."""
+"""What the log says of files in fp8."""
 
 import logging
 
 import torch
-from torch import nn
 
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.io.fp8_matrices import Fp8Matrices
-from library.memory.quantization import CodesAndScales, Stored
 from library.training.full_model import DENOISER
 
 log = logging.getLogger(__name__)
-
-
-def stored_codes(family: ModelFamily, component: str, root: nn.Module) -> Stored:
-    """What the files have in fp8 of a layer of ``root``, which was loaded from them as ``component``."""
-    matrices = family.stored_fp8(component)
-    names = {id(layer): f"{name}.weight" for name, layer in root.named_modules()}
-
-    def stored(layer: nn.Module) -> CodesAndScales | None:
-        name = names[id(layer)]
-        return CodesAndScales(*matrices[name]) if name in matrices else None
-
-    return stored
 
 
 def log_fp8(config: RunConfig, family: ModelFamily, component: str, dtype: torch.dtype, *, trained: bool) -> None:

@@ -11,6 +11,7 @@ from library.config.errors import ConfigError
 from library.config.memory import MemoryConfig
 from library.families.sd3.mmdit import MMDiT
 from library.families.sd3.synthetic import TINY, synthetic_family
+from library.io.header import read_header
 from library.memory.eight_bit import DEQUANTIZE, EIGHT_BIT, Matmul
 from library.memory.quantization import quantized_layers
 from library.nn.attention import sdpa
@@ -131,6 +132,7 @@ def test_training_in_eight_bits_resumes_with_the_same_bytes_and_is_near(
     state = tmp_path / "whole" / "run-step00000002-state"
     facts = json.loads((state / "state.json").read_text())
     assert facts["quantized_matmul"] == {"forward": "8bit", "backward": "8bit"}
+    assert read_header(tmp_path / "whole" / "run.safetensors").metadata["ss_quantized_matmul"] == "8bit 8bit"
     assert trainer("resumed", **options, resume=state) == 0
     whole, resumed = trainer.weights("whole"), trainer.weights("resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

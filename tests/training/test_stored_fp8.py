@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.families import create_family, family_options
+from library.families.stored_fp8 import stored_codes
 from library.io.safetensors import save_tensors
 from library.memory.quantization import FORMATS, quantize_blocks
 from library.training.placing import place
-from library.training.stored_fp8 import stored_codes
 from tests.conftest import Trainer
 from tests.fp8_files import FP8, as_scaled_fp8, without_scales
 
