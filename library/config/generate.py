@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
+from library.config.memory import FORMAT_NAMES
 from library.config.options import option
 from library.config.sampling import SAMPLERS, SkipLayerGuidance
 
@@ -93,6 +94,17 @@ class GenerateConfig:
         "bf16",
         "The type that the model computes in and that its weights are kept in; no means fp32.",
         choices=("no", "fp16", "bf16"),
+    )
+    text_encoder_1_precision: str = option(
+        "no_change",
+        "Store the matrices of the first text encoder, CLIP-L or Gemma, in 8 or 4 bits, as in training.",
+        choices=("no_change", *FORMAT_NAMES),
+    )
+    text_encoder_2_precision: str = option(
+        "no_change", "The same for the second text encoder, CLIP-G.", choices=("no_change", *FORMAT_NAMES)
+    )
+    text_encoder_3_precision: str = option(
+        "no_change", "The same for the third text encoder, T5.", choices=("no_change", *FORMAT_NAMES)
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps. auto takes an accelerator if any.")
     no_half_vae: bool = option(False, "Decode in fp32, for a VAE that gives black pictures in half precision.")

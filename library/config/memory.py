@@ -1,12 +1,12 @@
 """What trades time for memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
 from library.config.options import option
 
-_FORMATS = (
+FORMAT_NAMES = (
     "int8",
     "int8-quanto",
     "int8-torchao",
@@ -20,6 +20,7 @@ _FORMATS = (
     "nf4",
     "nf4-bnb",
 )
+"""Formats of frozen matrices, as typed; what comes after a dash doesn't matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +77,41 @@ class MemoryConfig:
         "For adapters: store the matrices of the frozen denoiser's blocks in 8 or 4 bits, with a scale per output or "
         "per 64 weights; norms, embeddings and what comes first and last stay as they are. What comes after a dash, as "
         "other tools write it, doesn't matter.",
-        choices=("no_change", *_FORMATS),
+        choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_base_model_precision",
     )
     quantize_via: str = option(
         "accelerator",
-        "Where --base_model_precision is computed: block by block on the device, or on the host, which is slower.",
+        "Where --base_model_precision and --text_encoder_1_precision are computed: block by block on the device, or on "
+        "the host, which is slower.",
         choices=("accelerator", "cpu"),
+    )
+    quantized_matmul: str = option(
+        "auto",
+        "How products with matrices in int8 or fp8 are computed: dequantize makes the matrix of its codes first, 8bit "
+        "rounds activations and gradients to 8 bits too, which is faster on large batches. auto measures both at the "
+        "start of a run on a GPU that has the instruction, takes the faster one for each direction and says so; a "
+        "resumed run goes on as it began. Text encoders are always dequantised.",
+        choices=("auto", "dequantize", "8bit"),
+    )
+    text_encoder_1_precision: str = option(
+        "no_change",
+        "Store the matrices of the first text encoder, CLIP-L or Gemma, as --base_model_precision stores the "
+        "denoiser's, if it isn't trained. Cached text features follow it: they are encoded anew.",
+        choices=("no_change", *FORMAT_NAMES),
+        metadata_key="ss_text_encoder_1_precision",
+    )
+    text_encoder_2_precision: str = option(
+        "no_change",
+        "The same for the second text encoder, CLIP-G.",
+        choices=("no_change", *FORMAT_NAMES),
+        metadata_key="ss_text_encoder_2_precision",
+    )
+    text_encoder_3_precision: str = option(
+        "no_change",
+        "The same for the third text encoder, T5, which is larger than SD3.5 medium.",
+        choices=("no_change", *FORMAT_NAMES),
+        metadata_key="ss_text_encoder_3_precision",
     )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
@@ -93,8 +122,17 @@ class MemoryConfig:
             problems.append("--sdpa and --xformers exclude each other; keep one")
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
-        if self.quantize_via != "accelerator" and self.base_format is None:
+        if self.quantize_via != "accelerator" and not (self.base_format or self.encoder_formats):
             problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
+        if self.quantized_matmul != "auto" and self.base_format is None:
+            problems.append(
+                "--quantized_matmul does nothing without --base_model_precision int8 or fp8; add it, or remove this"
+            )
+        if self.quantized_matmul == "8bit" and self.base_format in ("int4", "nf4"):
+            problems.append(
+                f"--quantized_matmul 8bit: {self.base_format} has no 8-bit arithmetic; use --base_model_precision int8 "
+                "or fp8, or remove this"
+            )
         if self.gradient_checkpointing_interval != 1 and not self.gradient_checkpointing:
             problems.append("--gradient_checkpointing_interval does nothing without --gradient_checkpointing; add it")
         if self.gradient_checkpointing_keep_attention and not self.gradient_checkpointing:
@@ -127,7 +165,19 @@ class MemoryConfig:
     @property
     def base_format(self) -> str | None:
         """How the frozen denoiser's matrices are stored: int8, fp8, int4 or nf4; None: as they are loaded."""
-        return None if self.base_model_precision == "no_change" else self.base_model_precision.split("-")[0]
+        return _format(self.base_model_precision)
+
+    @property
+    def encoder_formats(self) -> dict[int, str]:
+        """How frozen text encoders' matrices are stored, by their number from 1; those that stay are left out."""
+        asked = (self.text_encoder_1_precision, self.text_encoder_2_precision, self.text_encoder_3_precision)
+        return {number: name for number, typed in enumerate(asked, 1) if (name := _format(typed)) is not None}
+
+    @property
+    def idle_options(self) -> tuple[str, ...]:
+        """Precisions of text encoders that stay as they are: a model may have fewer of them."""
+        numbers = (number for number in (1, 2, 3) if number not in self.encoder_formats)
+        return tuple(f"text_encoder_{number}_precision" for number in numbers)
 
     @property
     def changes_placement(self) -> bool:
@@ -138,3 +188,16 @@ class MemoryConfig:
     def attention_backend(self) -> str:
         """The name that ``library.nn.attention`` knows: ``sdpa`` or ``xformers``."""
         return "xformers" if self.xformers else "sdpa"
+
+
+def encoder_problems(memory: MemoryConfig, names: Sequence[str]) -> list[str]:
+    """Precisions of text encoders that there aren't, a line each; ``names`` are those that there are."""
+    return [
+        f"--text_encoder_{number}_precision does nothing: this model's text encoders are {', '.join(names)}; remove it"
+        for number in memory.encoder_formats
+        if number > len(names)
+    ]
+
+
+def _format(typed: str) -> str | None:
+    return None if typed == "no_change" else typed.split("-")[0]

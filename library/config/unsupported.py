@@ -55,9 +55,6 @@ REASONS: dict[str, str] = {
         "its settings are options: `python -m tools.import_simpletuner` translates them, to --network_module "
         "lycoris.kohya --network_dim 8 --network_args algo=lokr factor=16 and the like"
     ),
-    "text_encoder_1_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
-    "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
-    "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "ema_cpu_only": "use --ema_device cpu, which is the default",
     "ema_foreach_disable": "the average is the same either way. Remove it",
     "validation_preview": "unfinished samples are written where --preview_every says how often. Remove it",

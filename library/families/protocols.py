@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from library.data.report_captions import Window
+from library.io.fp8_matrices import Fp8Matrices
 from library.randomness import Draws
 from library.records import AdapterTargets, LatentFormat, ModelDescription, NoisedLatents, Resolution, TensorRecord
 
@@ -137,6 +138,10 @@ class ModelFamily(Protocol):
 
     def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
         """The denoiser, frozen, in eval mode."""
+        ...
+
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the denoiser or of a text encoder, by the weights' names in its module."""
         ...
 
     def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> TensorRecord:

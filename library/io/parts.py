@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,12 +27,17 @@ class Part:
         headers: The files.
         names: The component's own tensor name -> its name in the file.
         layout: Whose names those are: ``single`` (the single file's) or ``diffusers``.
+        scales: Weight that is stored in fp8, by the component's own name -> the name of its scale in the file
+            (``library.io.scaled_fp8``).
+        unused: Scales of activations, by their name in the file: left out.
     """
 
     title: str
     headers: tuple[Header, ...]
     names: Mapping[str, str]
     layout: str = "single"
+    scales: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -46,7 +51,11 @@ class Part:
 
     def header_of(self, name: str) -> Header:
         """The file that holds the tensor that the component calls ``name``."""
-        return self._holders[self.names[name]]
+        return self.holder(self.names[name])
+
+    def holder(self, stored: str) -> Header:
+        """The file that holds the tensor that is called ``stored`` there."""
+        return self._holders[stored]
 
     @cached_property
     def _holders(self) -> dict[str, Header]:
@@ -78,7 +87,7 @@ def part_identity(part: Part) -> str:
     Tensors up to 64 KiB count in full; of larger ones, the first and last 4 KiB and 14 blocks of that size evenly
     between them. A 16 GB file takes about a second. An edit that touches nothing but numbers between the blocks goes
     unnoticed; training, merging and conversion touch all numbers of a tensor. For pickles the archive's own checksums
-    count.
+    count. Scales of fp8 weights belong to the contents.
 
     Args:
         part: The component.
@@ -101,6 +110,14 @@ def part_identity(part: Part) -> str:
                 for offset, length in _samples(info.end - info.begin):
                     file.seek(header.data_start + info.begin + offset)
                     digest.update(file.read(length))
+    for name, stored in sorted(part.scales.items()):
+        header = part.holder(stored)
+        digest.update(f"scale of {name}\n".encode())
+        if header.format == "pickle":  # its checksum is in already
+            continue
+        with open(header.path, "rb") as file:
+            file.seek(header.data_start + header.tensors[stored].begin)
+            digest.update(file.read(header.tensors[stored].end - header.tensors[stored].begin))
     return digest.hexdigest()
 
 

@@ -11,9 +11,11 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.nn.attention import attention_function
+from library.training.encoder_precision import check_encoder_precision
 from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
+from library.training.quantized_matmul import check_instruction, gpu_capability
 from library.training.schedules import create_schedule
 from library.training.sharding_settings import asked_sharding
 from library.training.trackers import check_packages
@@ -43,6 +45,8 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
         lambda: check_updates(config),
         lambda: asked_sharding(config, os.environ),
         lambda: job.check(config, family),
+        lambda: check_instruction(config.memory, gpu_capability() if accelerator_available else None),
+        lambda: check_encoder_precision(config.memory, family, job.check(config, family)),
         lambda: _rehearse(config, family),
     )
     problems: list[str] = []

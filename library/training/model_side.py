@@ -10,15 +10,19 @@ from torch import nn
 
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
+from library.families.stored_fp8 import stored_codes
 from library.memory.block_swap import BlockSwap
+from library.memory.eight_bit import Matmul
 from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
 from library.training.jobs import Job
 from library.training.optimizers import CreatedOptimizer, create_optimizer
 from library.training.placing import load_device, place, place_trained, save_activations
 from library.training.precision import Precision
+from library.training.quantized_matmul import decide_matmul
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
+from library.training.stored_fp8 import log_fp8
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +36,14 @@ class ModelSide:
         trainable: See ``Run``.
         created: The optimizer over its parameters.
         swap: What takes trained weights to and fro between host and device; None: they stay.
+        matmul: How products with eight-bit matrices are computed; None: there are none.
     """
 
     denoiser: nn.Module
     trainable: Any
     created: CreatedOptimizer
     swap: BlockSwap | None = None
+    matmul: Matmul | None = None
 
 
 def component_types(
@@ -59,6 +65,7 @@ def load_model_side(
     *,
     seed: int,
     sharding: ShardingSettings | None = None,
+    matmul: Matmul | None = None,
 ) -> ModelSide:
     """This loads the denoiser, and makes what is trained and its optimizer.
 
@@ -71,18 +78,25 @@ def load_model_side(
         precision: Of the weights.
         seed: Of the run.
         sharding: How the trained weights are spread over the processes; None: each has all of them.
+        matmul: How products with eight-bit matrices were computed in the run that goes on; None: it begins.
     """
     assert config.optimizer.learning_rate is not None
     dtype, _ = component_types(config, family, job, precision)
     # the whole of a sharded model need not fit on the device
     home = load_device(config.memory, device) if sharding is None else torch.device("cpu")
     denoiser = family.load_denoiser(device=home, dtype=dtype)
+    log_fp8(config, family, DENOISER, dtype, trained=True)
     merge_base_weights(config, family, {DENOISER: denoiser})
-    notes = place(config.memory, family, denoiser, device) if config.network is not None else []
+    notes: list[str] = []
+    if config.network is not None:
+        notes += place(config.memory, family, denoiser, device, stored=stored_codes(family, DENOISER, denoiser))
+    decided = decide_matmul(config, family, denoiser, device, before=matmul)
+    notes += decided.notes
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     swap = None
     if config.network is None:
-        swap, notes = place_trained(config.memory, family, denoiser, device, precision)
+        swap, told = place_trained(config.memory, family, denoiser, device, precision)
+        notes += told
     notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
     if sharding is not None:
         shard(family, trainable, sharding, device)
@@ -95,4 +109,4 @@ def load_model_side(
     )
     for line in (*notes, *created.notes):
         log.info(line)
-    return ModelSide(denoiser, trainable, created, swap)
+    return ModelSide(denoiser, trainable, created, swap, decided.matmul)

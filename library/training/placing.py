@@ -18,7 +18,7 @@ from library.memory.checkpointing import (
     recompute_all_but_attention,
 )
 from library.memory.modulation import StreamedModulation
-from library.memory.quantization import FORMATS, quantize_blocks
+from library.memory.quantization import FORMATS, Quantized, Stored, quantize_blocks
 from library.memory.transfers import CudaStash, CudaTransfers, Transfers
 from library.training.precision import Precision
 
@@ -30,7 +30,14 @@ def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:
     return torch.device("cpu") if memory.changes_placement else device
 
 
-def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device: torch.device) -> list[str]:
+def place(
+    memory: MemoryConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    *,
+    stored: Stored | None = None,
+) -> list[str]:
     """Store a frozen denoiser as the options say, and bring to the device what belongs there.
 
     Args:
@@ -38,6 +45,7 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
         family: The model's parts.
         denoiser: As ``load_device`` says. Everything that changes its weights is done.
         device: Where the step runs.
+        stored: Tells what the files have of a layer in fp8.
 
     Returns:
         What was decided, one line each.
@@ -50,7 +58,7 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
     denoiser.requires_grad_(False)
     blocks, notes = list(family.blocks(denoiser)), []
     if memory.base_format is not None:
-        notes.append(_quantize(memory, blocks, device))
+        notes.append(_quantize(memory, blocks, device, stored))
     on_device = list(_tensors(denoiser))
     transfers = transfers_to(device)
     if transfers is None:
@@ -192,20 +200,20 @@ def stash_for(device: torch.device) -> Stash | None:
     return None if device.type == "cpu" else CudaStash(device)
 
 
-def _quantize(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> str:
+def _quantize(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device, stored: Stored | None) -> str:
     assert memory.base_format is not None
     chosen = FORMATS[memory.base_format]
     before = sum(tensor.nbytes for block in blocks for tensor in _tensors(block))
-    layers = 0
+    done = Quantized(0, 0)
     for block in blocks:
         if memory.quantize_via == "accelerator":
             block.to(device)
-        layers += quantize_blocks([block], chosen)
+        done = Quantized(*map(sum, zip(done, quantize_blocks([block], chosen, stored))))
         block.to("cpu")
     after = sum(tensor.nbytes for block in blocks for tensor in _tensors(block))
     return (
-        f"base model in {chosen.name}: {layers} layers of {len(blocks)} blocks, {before / _MIB:,.0f} MiB, take "
-        f"{after / _MIB:,.0f} MiB"
+        f"base model in {chosen.name}: {done.layers} layers of {len(blocks)} blocks, {before / _MIB:,.0f} MiB, take "
+        f"{after / _MIB:,.0f} MiB" + (f"; {done.kept} layers are as the file has them" if done.kept else "")
     )
 
 

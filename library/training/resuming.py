@@ -24,7 +24,10 @@ _FREE_OPTIONS = {
     *("clip_l", "clip_g", "t5xxl", "gemma", "base_weights"),  # files: what is in them is compared
 }
 _COMPARED_CACHING = {"caption_variants", "no_half_vae"}
-_COMPARED_MEMORY = {"base_model_precision"}
+_COMPARED_MEMORY = {
+    *("base_model_precision", "quantized_matmul"),
+    *("text_encoder_1_precision", "text_encoder_2_precision", "text_encoder_3_precision"),
+}
 _COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding", "kahan_summation"}
 _STEP_TYPE_OPTIONS = ("full_bf16", "full_fp16", "stochastic_rounding", "kahan_summation")
 

@@ -56,7 +56,7 @@ class Run:
         average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
-        origin: What states keep of where the run comes from, see ``prepare_data``.
+        origin: What states keep of where the run comes from, see ``prepare_data``, and of how it computes.
         last_state: The newest state that this process knows to be whole: what it wrote last, or went on from.
         fused_backward: Steps them during the backward pass, where that is asked for.
         swap: Takes trained weights to and fro between host and device, where that is asked for.

@@ -41,6 +41,7 @@ from library.training.metadata import run_metadata
 from library.training.model_side import component_types, load_model_side
 from library.training.precision import Precision, resolve_precision
 from library.training.prepare_data import prepare_data
+from library.training.quantized_matmul import matmul_facts, saved_matmul
 from library.training.report import run_facts, run_lines
 from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
 from library.training.run import Run, StepHook
@@ -118,7 +119,15 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
     model = load_model_side(
-        config, family, job, text_side.encoders, accelerator.device, precision, seed=seed, sharding=sharding
+        config,
+        family,
+        job,
+        text_side.encoders,
+        accelerator.device,
+        precision,
+        seed=seed,
+        sharding=sharding,
+        matmul=saved_matmul(resumed.progress) if resumed is not None else None,
     )
     created = model.created
     reader = BatchReader(
@@ -179,9 +188,10 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             {
                 **run_facts(config, plan, prepared.max_steps, created.label, seed),
                 "num_validation_images": len(data.discovery.validation) or None,
+                "quantized_matmul": model.matmul and f"{model.matmul.forward} {model.matmul.backward}",
             },
         ),
-        origin=prepared.origin,
+        origin={**prepared.origin, **matmul_facts(model.matmul)},
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"

@@ -81,7 +81,7 @@ def test_what_is_no_matrix_is_left_alone():
     )
     assert [can_quantize(layer, FORMATS["nf4"]) for layer in block] == [True, False, False, False, False]
     assert [can_quantize(layer, FORMATS["int8"]) for layer in block] == [True, True, False, False, False]
-    assert quantize_blocks([block], FORMATS["int8"]) == 2
+    assert quantize_blocks([block], FORMATS["int8"]) == (2, 0)
     assert hasattr(block[3], "weight") and not hasattr(block[1], "weight")
 
 

@@ -158,6 +158,66 @@ def test_a_base_in_few_bits_trains_as_on_the_host(trainer, monkeypatch, precisio
     assert trainer.losses("gpu") == pytest.approx(trainer.losses("host"), rel=1e-2)
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_eight_bit_products_are_near_those_on_the_host(precision):
+    from torch import nn
+
+    from library.memory.eight_bit import EIGHT_BIT, Matmul
+    from library.memory.quantization import FORMATS, compute_by, quantize_layer
+
+    chosen = FORMATS[precision]
+    if torch.cuda.get_device_capability() < chosen.arithmetic.capability:
+        pytest.skip("this GPU lacks the instruction")
+    torch.manual_seed(0)
+    layer, x = nn.Linear(512, 256).requires_grad_(False), torch.randn(2, 40, 512)
+    quantize_layer(layer, chosen)
+    compute_by(layer, Matmul(EIGHT_BIT, EIGHT_BIT))
+    answers = []
+    for device in ("cpu", "cuda"):
+        own = x.to(device, torch.bfloat16).requires_grad_()
+        answer = layer.to(device)(own)
+        answer.float().square().sum().backward()
+        answers.append((answer.detach().float().cpu(), own.grad.float().cpu()))
+    for host, gpu in zip(*answers):
+        assert (gpu - host).norm() < 0.01 * host.norm()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_way_of_eight_bit_products_is_measured_told_and_kept(trainer, capsys, precision):
+    options = {**CACHED, "base_model_precision": precision, "mixed_precision": "bf16"}
+    assert trainer("whole", **options, save_every_n_steps=2, save_state=True) == 0
+    told = capsys.readouterr().err
+    assert f"matrix products with {precision}" in told or f"has no {precision} arithmetic" in told
+    state = trainer.folder / "whole" / "run-step00000002-state"
+    assert trainer("resumed", **options, resume=state) == 0
+    assert "as the run began" in capsys.readouterr().err
+    whole, resumed = trainer.weights("whole"), trainer.weights("resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_is_dequantised_by_bitsandbytes_with_the_same_bits(dtype):
+    pytest.importorskip("bitsandbytes")
+    from library.memory.nf4_kernel import fast_dequantize
+    from library.memory.quantization import FORMATS
+
+    nf4, device = FORMATS["nf4"], torch.device("cuda", torch.cuda.current_device())
+    codes, scales = nf4.quantize(torch.randn(512, 1024, device=device))
+    fast = fast_dequantize(device, dtype, nf4.dequantize_plainly)
+    assert fast is not None
+    assert torch.equal(fast(codes, scales, dtype), nf4.dequantize_plainly(codes, scales, dtype))
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_text_encoders_in_few_bits_encode_as_on_the_host(trainer, monkeypatch, precision):
+    options = {**CACHED, **{f"text_encoder_{number}_precision": precision for number in (1, 2, 3)}}
+    assert trainer("gpu", **options, max_train_steps=1) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert trainer("host", **options, max_train_steps=1) == 0
+    assert trainer.losses("gpu") == pytest.approx(trainer.losses("host"), rel=1e-2)
+
+
 def test_swapped_blocks_take_no_memory_of_the_device():
     from torch import nn
 

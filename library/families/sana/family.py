@@ -32,9 +32,11 @@ from library.families.sana.files import SanaFiles, describe, locate
 from library.families.sana.latents import SanaLatentStrategy
 from library.families.sana.linear_dit import LinearDiTConfig
 from library.families.sana.options import SanaOptions
+from library.families.sana.sizes import denoiser_sizes
 from library.families.sana.skip_layers import skipped_layers
 from library.families.sana.text import SanaText, SanaTextStrategy
 from library.families.sana.tokenizers import load_tokenizer, tokenizer_folder
+from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import attention_function
@@ -108,6 +110,12 @@ class SanaFamily:
         attention = attention_function(self.attention)
         return load_dit(self.files, self.denoiser, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
 
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the denoiser or of Gemma, by the weights' names in its module."""
+        if component == "denoiser":
+            return Fp8Matrices(self.files.denoiser, denoiser_sizes(self.files.denoiser).key_maps)
+        return Fp8Matrices(self.files.gemma)
+
     def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> SanaText:
         """The conditioning as it is: nothing acts in training only."""
         assert isinstance(text, SanaText)
@@ -164,7 +172,9 @@ class SanaFamily:
         if "vae" in parts:
             save_vae(vae_weights(self.files), read_vae_config(self.files), path / "vae")
         if "text_encoders" in parts:
-            save_gemma(gemma_weights(self.files), path / "text_encoder")
+            # the products of fp8 numbers and their scales are in fp32, which none of them needs
+            widened = torch.bfloat16 if self.files.gemma.scales else None
+            save_gemma(gemma_weights(self.files), path / "text_encoder", dtype=widened)
         if set(parts) == set(PARTS):
             complete_pipeline(path, tokenizer_folder(self.tokenizers, self.files), shift=self.sampling_shift)
 

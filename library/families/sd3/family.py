@@ -24,10 +24,11 @@ from library.families.sd3.files import Sd3Files, describe, locate
 from library.families.sd3.latents import Sd3LatentStrategy
 from library.families.sd3.mmdit import MMDiTConfig
 from library.families.sd3.options import Sd3Options
-from library.families.sd3.sizes import clip_sizes
+from library.families.sd3.sizes import clip_sizes, denoiser_sizes
 from library.families.sd3.skip_layers import skipped_layers
 from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy
 from library.families.sd3.tokenizers import tokenizer_folders
+from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import Part, part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import attention_function
@@ -123,6 +124,12 @@ class Sd3Family:
         attention = attention_function(self.attention)
         return load_mmdit(self.files, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
 
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the denoiser or of a text encoder, by the weights' names in its module."""
+        if component == "denoiser":
+            return Fp8Matrices(self.files.denoiser, denoiser_sizes(self.files.denoiser).key_maps)
+        return Fp8Matrices(self._encoders[component])
+
     def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> Sd3Text:
         """The conditioning with what acts in training only.
 
@@ -191,7 +198,9 @@ class Sd3Family:
     ) -> None:
         """The trained components as a single file, or in a folder in diffusers' layout."""
         weights = {**base_weights(self.files, parts), **trained}
-        dtypes = {name: dtype if name in trained else None for name in weights}
+        # the products of fp8 numbers and their scales are in fp32, which none of them needs
+        widened = {name for name, part in self._encoders.items() if part.scales}
+        dtypes = {name: dtype if name in trained else torch.bfloat16 if name in widened else None for name in weights}
         if layout != "diffusers":
             save_single(weights, path, metadata, dtypes=dtypes)
             return
