@@ -71,6 +71,23 @@ class MemoryConfig:
         "Where --base_model_precision is computed: block by block on the device, or on the host, which is slower.",
         choices=("accelerator", "cpu"),
     )
+    torch_compile: bool = option(
+        False,
+        "Compile the denoiser's blocks by torch.compile: the first steps take minutes, later ones less time. The "
+        "numbers differ from those without it in their last digits.",
+        metadata_key="ss_torch_compile",
+    )
+    dynamo_backend: str = option(
+        "inductor",
+        "With --torch_compile: what makes code of the blocks. aot_eager and eager only trace them and run torch's own "
+        "kernels, to find out whether a fault is the compiler's.",
+        choices=("inductor", "aot_eager", "eager"),
+    )
+    compile_dynamic: bool = option(
+        True,
+        "With --torch_compile: what is compiled serves all sizes of pictures and batches. --no-compile_dynamic "
+        "compiles again for each size, for data of one or a few sizes.",
+    )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
 
@@ -84,6 +101,10 @@ class MemoryConfig:
             problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
         if self.gradient_checkpointing_interval != 1 and not self.gradient_checkpointing:
             problems.append("--gradient_checkpointing_interval does nothing without --gradient_checkpointing; add it")
+        if not self.torch_compile:
+            for name, default in (("dynamo_backend", "inductor"), ("compile_dynamic", True)):
+                if getattr(self, name) != default:
+                    problems.append(f"--{name} does nothing without --torch_compile; add it, or remove this")
         if problems:
             raise ConfigError("\n".join(problems))
 

@@ -21,8 +21,6 @@ REASONS: dict[str, str] = {
     "lowram": "parts are loaded one after another and leave memory when they are done, always. Remove it",
     "highvram": "the device's memory is given back between the caching and the training only. Remove it",
     "mem_eff_attn": "torch's own attention saves as much memory and is faster. Use --sdpa, or remove it",
-    "torch_compile": "the model isn't compiled. Remove it",
-    "dynamo_backend": "the model isn't compiled. Remove it",
     "huggingface_repo_id": _HUB,
     "huggingface_repo_type": _HUB,
     "huggingface_path_in_repo": _HUB,

@@ -7,12 +7,13 @@ that whatever moves a layer's tensors (block swap, ``to``) moves them too.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from library.memory.bound_forward import BoundForward
 
 GROUP = 64
 """Weights that share a scale in the four-bit formats, as published for NF4."""
@@ -143,7 +144,7 @@ def quantize_layer(layer: nn.Linear | nn.Conv2d, chosen: WeightFormat) -> None:
     del layer.weight
     layer.register_buffer("weight_codes", codes, persistent=False)
     layer.register_buffer("weight_scales", scales, persistent=False)
-    layer.forward = partial(_forward, layer, chosen)  # type: ignore[method-assign, assignment]
+    layer.forward = BoundForward(_forward, layer, chosen).call  # type: ignore[method-assign, assignment]
 
 
 def quantize_blocks(blocks: list[nn.Module], chosen: WeightFormat) -> int:

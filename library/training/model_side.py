@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.config.memory import MemoryConfig
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
+from library.memory.compiling import Compiling
 from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
 from library.training.jobs import Job
@@ -30,11 +32,13 @@ class ModelSide:
         denoiser: Frozen, unless it is what is trained.
         trainable: See ``Run``.
         created: The optimizer over its parameters.
+        compiling: Compiles the denoiser's blocks when they are first used; None: nothing does.
     """
 
     denoiser: nn.Module
     trainable: Any
     created: CreatedOptimizer
+    compiling: Compiling | None = None
 
 
 def component_types(
@@ -75,6 +79,7 @@ def load_model_side(
     home = load_device(config.memory, device) if sharding is None else torch.device("cpu")
     denoiser = family.load_denoiser(device=home, dtype=dtype)
     merge_base_weights(config, family, {DENOISER: denoiser})
+    compiling = compile_blocks(config.memory, family, denoiser)  # inside whatever moves weights and activations
     notes = place(config.memory, family, denoiser, device)
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
@@ -89,4 +94,13 @@ def load_model_side(
     )
     for line in (*notes, *created.notes):
         log.info(line)
-    return ModelSide(denoiser, trainable, created)
+    return ModelSide(denoiser, trainable, created, compiling)
+
+
+def compile_blocks(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module) -> Compiling | None:
+    """Have the denoiser's blocks compiled, if the options say so. Nothing has wrapped their ``forward`` yet."""
+    if not memory.torch_compile:
+        return None
+    compiling = Compiling(memory.dynamo_backend, dynamic=memory.compile_dynamic, warn=log.warning)
+    compiling.compile(family.blocks(denoiser))
+    return compiling

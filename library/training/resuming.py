@@ -24,7 +24,7 @@ _FREE_OPTIONS = {
     *("clip_l", "clip_g", "t5xxl", "gemma", "base_weights"),  # files: what is in them is compared
 }
 _COMPARED_CACHING = {"caption_variants", "no_half_vae"}
-_COMPARED_MEMORY = {"base_model_precision"}
+_COMPARED_MEMORY = {"base_model_precision", "torch_compile", "dynamo_backend", "compile_dynamic"}
 _COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding"}
 
 # These describe data, and the datasets that come of them are compared; apart from what acts in the loss.

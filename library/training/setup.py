@@ -73,6 +73,8 @@ def run_training(config: RunConfig) -> int:
             taker.take(run, 0, "e000000")
         with run.stopper.listening():
             train(run)
+        if run.compiling is not None:
+            log.info(run.compiling.report)
     finally:
         run.close()
     return run.stop_code
@@ -181,6 +183,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             },
         ),
         origin=prepared.origin,
+        compiling=model.compiling,
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"
