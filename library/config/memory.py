@@ -88,6 +88,13 @@ class MemoryConfig:
         "With --torch_compile: what is compiled serves all sizes of pictures and batches. --no-compile_dynamic "
         "compiles again for each size, for data of one or a few sizes.",
     )
+    attn_mode: str = option(
+        "torch",
+        "Attention: torch, with the kernel that torch prefers; torch-cudnn, torch-flash or torch-efficient, with this "
+        "kernel wherever it can; auto, with the one that is fastest here, measured before the first step; or a "
+        "package that must be installed: xformers, or flash (flash-attn).",
+        choices=("torch", "auto", "torch-cudnn", "torch-flash", "torch-efficient", "xformers", "flash"),
+    )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
 
@@ -95,6 +102,10 @@ class MemoryConfig:
         problems = []
         if self.sdpa and self.xformers:
             problems.append("--sdpa and --xformers exclude each other; keep one")
+        older = {"--sdpa": self.sdpa and "torch", "--xformers": self.xformers and "xformers"}
+        for name, same in older.items():
+            if same and self.attn_mode not in ("torch", same):
+                problems.append(f"{name} is the same as --attn_mode {same}, not {self.attn_mode}; keep one")
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
         if self.quantize_via != "accelerator" and self.base_format is None:
@@ -133,5 +144,7 @@ class MemoryConfig:
 
     @property
     def attention_backend(self) -> str:
-        """The name that ``library.nn.attention`` knows: ``sdpa`` or ``xformers``."""
-        return "xformers" if self.xformers else "sdpa"
+        """The name that ``library.nn.attention`` knows; until ``auto`` is settled, that is torch's own."""
+        if self.xformers:
+            return "xformers"
+        return "sdpa" if self.attn_mode in ("torch", "auto") else self.attn_mode

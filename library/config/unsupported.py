@@ -66,7 +66,7 @@ REASONS: dict[str, str] = {
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "webhook_config": "numbers go to --log_with and to the JSON-lines file beside the output. Remove it",
-    "attention_mechanism": "use --sdpa (the default) or --xformers",
+    "attention_mechanism": "use --attn_mode: torch (the default), auto, xformers, flash",
     "snr_gamma": "it weights the losses of noise-prediction models. Remove it, or see --weighting_scheme",
     "checkpoints_total_limit": "the limit is counted in steps: --save_last_n_steps",
 }

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from library.data.report_captions import Window
+from library.nn.attention import AttentionShape
 from library.randomness import Draws
 from library.records import AdapterTargets, LatentFormat, ModelDescription, NoisedLatents, Resolution, TensorRecord
 
@@ -179,6 +180,10 @@ class ModelFamily(Protocol):
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The noise levels of a sampling run (steps + 1,), from 1 or a little below down to 0, fp32."""
+        ...
+
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """The softmax attention over a picture of this size that takes most of the time."""
         ...
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> Any:

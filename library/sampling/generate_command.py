@@ -141,7 +141,7 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         model=model,
         family=family,
         generate=generate,
-        memory=MemoryConfig(sdpa=generate.sdpa, xformers=generate.xformers),
+        memory=MemoryConfig(attn_mode=generate.attn_mode, sdpa=generate.sdpa, xformers=generate.xformers),
         **{attribute: group() for attribute, group in options.OBJECTIVE_GROUPS.items()},
     )
 

@@ -11,7 +11,7 @@ from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.memory.compiling import check_compiler
-from library.nn.attention import attention_function
+from library.training.attention import check_attention
 from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
@@ -39,7 +39,7 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
     checks: tuple[Callable[[], Any], ...] = (
         lambda: resolve_precision(config, accelerator_available=accelerator_available),
         lambda: check_packages(config.logging),
-        lambda: attention_function(config.memory.attention_backend),
+        lambda: check_attention(config, accelerator_available=accelerator_available),
         lambda: _check_compiling(config, accelerator_available=accelerator_available),
         lambda: _try_optimizer(config),
         lambda: check_updates(config),

@@ -27,6 +27,7 @@ from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
 from library.training import hooks
+from library.training.attention import AUTO, settle_attention
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
@@ -105,6 +106,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     if accelerator.is_main_process:
         clear_leftovers(config.saving)
     resumed = agree_on_resumed(config, accelerator)
+    if config.memory.attn_mode == AUTO:
+        config = settle_attention(config, family, resumed, accelerator)
+        family = create_family(config.family_name, config)
     seed = resolve_seed(config, resumed, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
