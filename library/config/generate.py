@@ -108,6 +108,13 @@ class GenerateConfig:
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps. auto takes an accelerator if any.")
     no_half_vae: bool = option(False, "Decode in fp32, for a VAE that gives black pictures in half precision.")
+    attn_mode: str = option(
+        "torch",
+        "Attention: torch, with the kernel that torch prefers; torch-cudnn, torch-flash or torch-efficient, with this "
+        "kernel wherever it can; or a package that must be installed: xformers, flash (flash-attn), or sage "
+        "(SageAttention, which computes in 8 bits: near the others and faster).",
+        choices=("torch", "torch-cudnn", "torch-flash", "torch-efficient", "xformers", "flash", "sage"),
+    )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
     validation_guidance_skip_layers: tuple[int, ...] = option(

@@ -113,6 +113,30 @@ class MemoryConfig:
         choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_text_encoder_3_precision",
     )
+    torch_compile: bool = option(
+        False,
+        "Compile the denoiser's blocks by torch.compile: the first steps take minutes, later ones less time. The "
+        "numbers differ from those without it in their last digits.",
+        metadata_key="ss_torch_compile",
+    )
+    dynamo_backend: str = option(
+        "inductor",
+        "With --torch_compile: what makes code of the blocks. aot_eager and eager only trace them and run torch's own "
+        "kernels, to find out whether a fault is the compiler's.",
+        choices=("inductor", "aot_eager", "eager"),
+    )
+    compile_dynamic: bool = option(
+        True,
+        "With --torch_compile: what is compiled serves all sizes of pictures and batches. --no-compile_dynamic "
+        "compiles again for each size, for data of one or a few sizes.",
+    )
+    attn_mode: str = option(
+        "torch",
+        "Attention: torch, with the kernel that torch prefers; torch-cudnn, torch-flash or torch-efficient, with this "
+        "kernel wherever it can; auto, with the one that is fastest here, measured before the first step; or a "
+        "package that must be installed: xformers, or flash (flash-attn).",
+        choices=("torch", "auto", "torch-cudnn", "torch-flash", "torch-efficient", "xformers", "flash"),
+    )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
 
@@ -120,6 +144,10 @@ class MemoryConfig:
         problems = []
         if self.sdpa and self.xformers:
             problems.append("--sdpa and --xformers exclude each other; keep one")
+        older = {"--sdpa": self.sdpa and "torch", "--xformers": self.xformers and "xformers"}
+        for name, same in older.items():
+            if same and self.attn_mode not in ("torch", same):
+                problems.append(f"{name} is the same as --attn_mode {same}, not {self.attn_mode}; keep one")
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
         if self.quantize_via != "accelerator" and not (self.base_format or self.encoder_formats):
@@ -139,6 +167,15 @@ class MemoryConfig:
             problems.append(
                 "--gradient_checkpointing_keep_attention does nothing without --gradient_checkpointing; add it"
             )
+        if self.gradient_checkpointing_keep_attention and self.torch_compile:
+            problems.append(
+                "--gradient_checkpointing_keep_attention looks for attention among single operations, and "
+                "--torch_compile makes few of many; remove one"
+            )
+        if not self.torch_compile:
+            for name, default in (("dynamo_backend", "inductor"), ("compile_dynamic", True)):
+                if getattr(self, name) != default:
+                    problems.append(f"--{name} does nothing without --torch_compile; add it, or remove this")
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -186,8 +223,10 @@ class MemoryConfig:
 
     @property
     def attention_backend(self) -> str:
-        """The name that ``library.nn.attention`` knows: ``sdpa`` or ``xformers``."""
-        return "xformers" if self.xformers else "sdpa"
+        """The name that ``library.nn.attention`` knows; until ``auto`` is settled, that is torch's own."""
+        if self.xformers:
+            return "xformers"
+        return "sdpa" if self.attn_mode in ("torch", "auto") else self.attn_mode
 
 
 def encoder_problems(memory: MemoryConfig, names: Sequence[str]) -> list[str]:

@@ -21,8 +21,6 @@ REASONS: dict[str, str] = {
     "lowram": "parts are loaded one after another and leave memory when they are done, always. Remove it",
     "highvram": "the device's memory is given back between the caching and the training only. Remove it",
     "mem_eff_attn": "torch's own attention saves as much memory and is faster. Use --sdpa, or remove it",
-    "torch_compile": "the model isn't compiled. Remove it",
-    "dynamo_backend": "the model isn't compiled. Remove it",
     "huggingface_repo_id": _HUB,
     "huggingface_repo_type": _HUB,
     "huggingface_path_in_repo": _HUB,
@@ -64,7 +62,7 @@ REASONS: dict[str, str] = {
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "webhook_config": "numbers go to --log_with and to the JSON-lines file beside the output. Remove it",
-    "attention_mechanism": "use --sdpa (the default) or --xformers",
+    "attention_mechanism": "use --attn_mode: torch (the default), auto, xformers, flash",
     "snr_gamma": "it weights the losses of noise-prediction models. Remove it, or see --weighting_scheme",
     "checkpoints_total_limit": "the limit is counted in steps: --save_last_n_steps",
 }

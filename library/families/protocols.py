@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from library.data.report_captions import Window
 from library.io.fp8_matrices import Fp8Matrices
+from library.nn.attention import AttentionShape
 from library.randomness import Draws
 from library.records import AdapterTargets, LatentFormat, ModelDescription, NoisedLatents, Resolution, TensorRecord
 
@@ -184,6 +185,10 @@ class ModelFamily(Protocol):
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The noise levels of a sampling run (steps + 1,), from 1 or a little below down to 0, fp32."""
+        ...
+
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """The softmax attention over a picture of this size that takes most of the time."""
         ...
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> Any:

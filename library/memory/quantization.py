@@ -8,13 +8,13 @@ that whatever moves a layer's tensors (block swap, ``to``) moves them too.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.memory.bound_forward import BoundForward
 from library.memory.eight_bit import EIGHT_BIT, FP8, INT8, EightBit, Matmul, fits
 from library.memory.nf4_kernel import Dequantize, fast_dequantize
 
@@ -208,7 +208,7 @@ def quantize_layer(
     layer.register_buffer("weight_codes", codes, persistent=False)
     layer.register_buffer("weight_scales", scales, persistent=False)
     layer.quantized_matmul = Matmul()  # type: ignore[assignment]
-    layer.forward = partial(_forward, layer, chosen, dtype)  # type: ignore[method-assign, assignment]
+    layer.forward = BoundForward(_forward, layer, chosen, dtype).call  # type: ignore[method-assign, assignment]
     return kept
 
 

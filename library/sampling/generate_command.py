@@ -133,6 +133,7 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
     files = family_files(family_name)
     description = files.describe(files.locate(model, family), family)
     memory = MemoryConfig(
+        attn_mode=generate.attn_mode,
         sdpa=generate.sdpa,
         xformers=generate.xformers,
         text_encoder_1_precision=generate.text_encoder_1_precision,

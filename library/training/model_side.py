@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.config.memory import MemoryConfig
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.families.stored_fp8 import stored_codes
 from library.memory.block_swap import BlockSwap
+from library.memory.compiling import Compiling
 from library.memory.eight_bit import Matmul
 from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
@@ -37,6 +39,7 @@ class ModelSide:
         created: The optimizer over its parameters.
         swap: What takes trained weights to and fro between host and device; None: they stay.
         matmul: How products with eight-bit matrices are computed; None: there are none.
+        compiling: Compiles the denoiser's blocks when they are first used; None: nothing does.
     """
 
     denoiser: nn.Module
@@ -44,6 +47,7 @@ class ModelSide:
     created: CreatedOptimizer
     swap: BlockSwap | None = None
     matmul: Matmul | None = None
+    compiling: Compiling | None = None
 
 
 def component_types(
@@ -87,6 +91,7 @@ def load_model_side(
     denoiser = family.load_denoiser(device=home, dtype=dtype)
     log_fp8(config, family, DENOISER, dtype, trained=True)
     merge_base_weights(config, family, {DENOISER: denoiser})
+    compiling = compile_blocks(config.memory, family, denoiser)  # inside whatever moves weights and activations
     notes: list[str] = []
     if config.network is not None:
         notes += place(config.memory, family, denoiser, device, stored=stored_codes(family, DENOISER, denoiser))
@@ -109,4 +114,13 @@ def load_model_side(
     )
     for line in (*notes, *created.notes):
         log.info(line)
-    return ModelSide(denoiser, trainable, created, swap, decided.matmul)
+    return ModelSide(denoiser, trainable, created, swap, decided.matmul, compiling)
+
+
+def compile_blocks(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module) -> Compiling | None:
+    """Have the denoiser's blocks compiled, if the options say so. Nothing has wrapped their ``forward`` yet."""
+    if not memory.torch_compile:
+        return None
+    compiling = Compiling(memory.dynamo_backend, dynamic=memory.compile_dynamic, warn=log.warning)
+    compiling.compile(family.blocks(denoiser))
+    return compiling

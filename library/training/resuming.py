@@ -25,7 +25,7 @@ _FREE_OPTIONS = {
 }
 _COMPARED_CACHING = {"caption_variants", "no_half_vae"}
 _COMPARED_MEMORY = {
-    *("base_model_precision", "quantized_matmul"),
+    *("base_model_precision", "quantized_matmul", "torch_compile", "dynamo_backend", "compile_dynamic"),
     *("text_encoder_1_precision", "text_encoder_2_precision", "text_encoder_3_precision"),
 }
 _COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding", "kahan_summation"}

@@ -13,6 +13,7 @@ from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.memory.block_swap import BlockSwap
+from library.memory.compiling import Compiling
 from library.optimizers.one_by_one import OneByOne
 from library.records import Batch
 from library.training.ema import WeightAverage
@@ -62,6 +63,7 @@ class Run:
         swap: Takes trained weights to and fro between host and device, where that is asked for.
         sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
             pass, and in whatever reads whole weights.
+        compiling: Compiles the denoiser's blocks and counts; None: nothing does.
         dropped: The steps so far whose numbers were not finite.
     """
 
@@ -94,6 +96,7 @@ class Run:
     sharded: bool = False
     origin: Mapping[str, Any] = field(default_factory=dict)
     last_state: Path | None = None
+    compiling: Compiling | None = None
     dropped: DroppedSteps = field(default_factory=DroppedSteps)
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)

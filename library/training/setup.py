@@ -27,6 +27,7 @@ from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
 from library.training import hooks
+from library.training.attention import AUTO, settle_attention
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
@@ -74,6 +75,8 @@ def run_training(config: RunConfig) -> int:
             taker.take(run, 0, "e000000")
         with run.stopper.listening():
             train(run)
+        if run.compiling is not None:
+            log.info(run.compiling.report)
     finally:
         run.close()
     return run.stop_code
@@ -104,6 +107,9 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     if accelerator.is_main_process:
         clear_leftovers(config.saving)
     resumed = agree_on_resumed(config, accelerator)
+    if config.memory.attn_mode == AUTO:
+        config = settle_attention(config, family, resumed, accelerator)
+        family = create_family(config.family_name, config)
     seed = resolve_seed(config, resumed, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
@@ -192,6 +198,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             },
         ),
         origin={**prepared.origin, **matmul_facts(model.matmul)},
+        compiling=model.compiling,
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"

@@ -39,13 +39,14 @@ from library.families.sana.tokenizers import load_tokenizer, tokenizer_folder
 from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import part_identity
 from library.io.safetensors import LazyTensors
-from library.nn.attention import attention_function
+from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.gemma import load_gemma
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
 
 TIMESTEPS = 1000
+_MASKLESS = ("torch-flash", "flash", "sage")
 SAMPLING_SHIFT, LARGEST_SAMPLING_SHIFT = 3.0, 6.0
 _LARGEST_SIDE = 4096
 
@@ -178,6 +179,12 @@ class SanaFamily:
         if set(parts) == set(PARTS):
             complete_pipeline(path, tokenizer_folder(self.tokenizers, self.files), shift=self.sampling_shift)
 
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """The image's look at the text, whose padding is hidden; that at itself is linear."""
+        heads, queries = self.denoiser.num_cross_heads, self.latents.format.tokens(resolution)
+        keys = self.options.sana_max_token_length
+        return AttentionShape(heads, self.denoiser.width // heads, queries, keys, masked=True)
+
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context manager inside which the blocks ``layers`` leave the image tokens as they are."""
         return skipped_layers(self.blocks(denoiser), layers)
@@ -198,6 +205,11 @@ def create(config: Any) -> SanaFamily:
     if wrong := check_weights(files, denoiser):
         raise ConfigError("\n".join(wrong))
     description = describe(files, options)
+    if (mode := config.memory.attention_backend) in _MASKLESS:
+        raise ConfigError(
+            f"--attn_mode {mode} does nothing for Sana: its attention to the text hides padding, which this kernel "
+            "can't, and the other one is linear. Remove it"
+        )
     return SanaFamily(
         files=files,
         options=options,

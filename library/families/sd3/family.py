@@ -31,7 +31,7 @@ from library.families.sd3.tokenizers import tokenizer_folders
 from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import Part, part_identity
 from library.io.safetensors import LazyTensors
-from library.nn.attention import attention_function
+from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.clip import load_clip
@@ -41,6 +41,7 @@ from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
 SAMPLING_SHIFT = 3.0
 """The shift of the reference implementation's sampling schedule."""
 
+_CLIP_TOKENS = 77
 _TIMESTEPS = 1000
 
 
@@ -181,6 +182,11 @@ class Sd3Family:
         lowest = float(shift(torch.tensor(1 / _TIMESTEPS, dtype=torch.float64), SAMPLING_SHIFT))
         levels = shift(torch.linspace(1, lowest, steps, dtype=torch.float64), SAMPLING_SHIFT)
         return torch.cat([levels, levels.new_zeros(1)]).float()
+
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """Image and text together, without a mask."""
+        tokens = self.latents.format.tokens(resolution) + _CLIP_TOKENS + self.options.t5xxl_max_token_length
+        return AttentionShape(self.denoiser.num_heads, self.denoiser.head_dim, tokens, tokens, masked=False)
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context manager inside which the blocks ``layers`` leave both streams as they are."""
