@@ -14,7 +14,7 @@ from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
 from library.training.jobs import Job
 from library.training.optimizers import CreatedOptimizer, create_optimizer
-from library.training.placing import load_device, place, save_activations
+from library.training.placing import Carriers, load_device, place, save_activations
 from library.training.precision import Precision
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
@@ -69,15 +69,58 @@ def load_model_side(
         seed: Of the run.
         sharding: How the trained weights are spread over the processes; None: each has all of them.
     """
-    assert config.optimizer.learning_rate is not None
     dtype, _ = component_types(config, family, job, precision)
     # the whole of a sharded model need not fit on the device
     home = load_device(config.memory, device) if sharding is None else torch.device("cpu")
     denoiser = family.load_denoiser(device=home, dtype=dtype)
     merge_base_weights(config, family, {DENOISER: denoiser})
-    notes = place(config.memory, family, denoiser, device)
+    return assemble(
+        config,
+        family,
+        job,
+        denoiser,
+        encoders,
+        device,
+        precision,
+        seed=seed,
+        sharding=sharding,
+        optimizer_device=home if sharding is not None and offloads(sharding, device) else device,
+    )
+
+
+def assemble(
+    config: RunConfig,
+    family: ModelFamily,
+    job: Job,
+    denoiser: nn.Module,
+    encoders: Mapping[str, nn.Module],
+    device: torch.device,
+    precision: Precision,
+    *,
+    seed: int,
+    optimizer_device: torch.device,
+    sharding: ShardingSettings | None = None,
+    carriers: Carriers | None = None,
+) -> ModelSide:
+    """This makes what is trained and its optimizer around a denoiser that is loaded.
+
+    Args:
+        config: See ``load_model_side``, as for all that isn't said here.
+        family: See there.
+        job: See there.
+        denoiser: As it was loaded.
+        encoders: See there.
+        device: See there.
+        precision: See there.
+        seed: See there.
+        optimizer_device: The kind of device for which the optimizer is made.
+        sharding: See there.
+        carriers: Take the place of the device's own.
+    """
+    assert config.optimizer.learning_rate is not None
+    notes = place(config.memory, family, denoiser, device, carriers)
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
-    notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
+    notes += save_activations(config.memory, list(family.blocks(denoiser)), device, carriers)
     if sharding is not None:
         shard(family, trainable, sharding, device)
     created = create_optimizer(
@@ -85,7 +128,7 @@ def load_model_side(
         config.optimizer.optimizer_args,
         trainable.parameter_groups(config.optimizer),
         learning_rate=config.optimizer.learning_rate,
-        device=home if sharding is not None and offloads(sharding, device) else device,
+        device=optimizer_device,
     )
     for line in (*notes, *created.notes):
         log.info(line)

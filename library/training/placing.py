@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,31 @@ from library.memory.transfers import CudaStash, CudaTransfers, Transfers
 _MIB = 1 << 20
 
 
+@dataclass(frozen=True)
+class Carriers:
+    """What moves tensors between host and device.
+
+    Attributes:
+        transfers: Makes what moves weights; None: nothing does.
+        stash: Where activations may wait on the host; None: nowhere.
+    """
+
+    transfers: Callable[[], Transfers] | None
+    stash: Stash | None
+
+
 def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:
     """Where the denoiser is loaded to: where it stays, or the host if ``place`` will not bring all of it as it is."""
     return torch.device("cpu") if memory.changes_placement else device
 
 
-def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device: torch.device) -> list[str]:
+def place(
+    memory: MemoryConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    carriers: Carriers | None = None,
+) -> list[str]:
     """Store a frozen denoiser as the options say, and bring to the device what belongs there.
 
     Args:
@@ -32,6 +52,7 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
         family: The model's parts.
         denoiser: As ``load_device`` says. Everything that changes its weights is done.
         device: Where the step runs.
+        carriers: Take the place of the device's own.
 
     Returns:
         What was decided, one line each.
@@ -46,7 +67,7 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
     if memory.base_format is not None:
         notes.append(_quantize(memory, blocks, device))
     on_device = list(_tensors(denoiser))
-    transfers = transfers_to(device)
+    transfers = transfers_to(device) if carriers is None else carriers.transfers
     if transfers is None:
         if memory.blocks_to_swap or memory.stream_modulation:
             notes.append("no accelerator: all weights are in host memory already, nothing is swapped or streamed")
@@ -117,13 +138,15 @@ def checkpointed(memory: MemoryConfig, blocks: int) -> range:
     return range(0, blocks, memory.gradient_checkpointing_interval) if memory.gradient_checkpointing else range(0)
 
 
-def save_activations(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> list[str]:
+def save_activations(
+    memory: MemoryConfig, blocks: list[nn.Module], device: torch.device, carriers: Carriers | None = None
+) -> list[str]:
     """Let blocks forget activations, as the options say; returns what was decided, one line each."""
     if not memory.gradient_checkpointing:
         return []
     offload, notes = None, []
     if memory.cpu_offload_checkpointing:
-        stash = stash_for(device)
+        stash = stash_for(device) if carriers is None else carriers.stash
         offload = ActivationOffload(stash) if stash is not None else None
         if stash is None:
             notes.append("no accelerator: checkpoints are in host memory already, none is moved")
