@@ -49,8 +49,9 @@ class MemoryConfig:
     )
     blocks_to_swap: int | None = option(
         None,
-        "For adapters: relieve the device of the weights of this many blocks, up to all of them. They stay in host "
-        "memory and come two blocks ahead of their turn; the results are the same. By default none.",
+        "Relieve the device of the weights of this many blocks, up to all of them. They stay in host memory and come "
+        "two blocks ahead of their turn; the results are the same. A full fine-tune needs --fused_backward_pass with "
+        "it. By default none.",
         minimum=0,
     )
     stream_modulation: bool = option(
@@ -89,15 +90,17 @@ class MemoryConfig:
 
     def full_model_problems(self) -> Iterator[str]:
         """What can't be done with weights that are trained, one line each."""
-        asked = {
-            "blocks_to_swap": self.blocks_to_swap,
-            "stream_modulation": self.stream_modulation,
-            "base_model_precision": self.base_format,
-        }
+        asked = {"stream_modulation": self.stream_modulation, "base_model_precision": self.base_format}
         for name in (name for name, value in asked.items() if value):
             yield (
                 f"--{name} is for weights that stay as they are, and a full fine-tune trains them; remove it, and see "
-                "--fused_backward_pass and --optimizer_type CAME8bit"
+                "--blocks_to_swap, --fused_backward_pass and --optimizer_type CAME8bit"
+            )
+        if self.blocks_to_swap and not self.fused_backward_pass:
+            yield (
+                f"--blocks_to_swap {self.blocks_to_swap} in a full fine-tune needs --fused_backward_pass, or all "
+                "gradients would wait on the device until the blocks come back to step; add --fused_backward_pass "
+                "--max_grad_norm 0"
             )
 
     @property

@@ -10,11 +10,12 @@ from torch import nn
 
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
+from library.memory.block_swap import BlockSwap
 from library.training.encoders import merge_base_weights
 from library.training.full_model import DENOISER
 from library.training.jobs import Job
 from library.training.optimizers import CreatedOptimizer, create_optimizer
-from library.training.placing import Carriers, load_device, place, save_activations
+from library.training.placing import Carriers, load_device, place, place_trained, save_activations
 from library.training.precision import Precision
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
@@ -30,11 +31,13 @@ class ModelSide:
         denoiser: Frozen, unless it is what is trained.
         trainable: See ``Run``.
         created: The optimizer over its parameters.
+        swap: What takes trained weights to and fro between host and device; None: they stay.
     """
 
     denoiser: nn.Module
     trainable: Any
     created: CreatedOptimizer
+    swap: BlockSwap | None = None
 
 
 def component_types(
@@ -118,9 +121,13 @@ def assemble(
         carriers: Take the place of the device's own.
     """
     assert config.optimizer.learning_rate is not None
-    notes = place(config.memory, family, denoiser, device, carriers)
+    memory = config.memory
+    notes = place(memory, family, denoiser, device, carriers) if config.network is not None else []
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
-    notes += save_activations(config.memory, list(family.blocks(denoiser)), device, carriers)
+    swap = None
+    if config.network is None:
+        swap, notes = place_trained(memory, family, denoiser, device, carriers)
+    notes += save_activations(memory, list(family.blocks(denoiser)), device, carriers)
     if sharding is not None:
         shard(family, trainable, sharding, device)
     created = create_optimizer(
@@ -132,4 +139,4 @@ def assemble(
     )
     for line in (*notes, *created.notes):
         log.info(line)
-    return ModelSide(denoiser, trainable, created)
+    return ModelSide(denoiser, trainable, created, swap)

@@ -1,7 +1,7 @@
-"""Where the weights of a frozen denoiser lie, and in how many bits: decided before anything is trained."""
+"""Where the denoiser's weights lie, and a frozen one's in how many bits: decided before anything is trained."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,22 +82,64 @@ def place(
                 f"stream through {modulation.device_bytes / _MIB:,.0f} MiB once a pass"
             )
         if memory.blocks_to_swap:
-            swap = BlockSwap(
-                blocks,
-                swap_count(memory, len(blocks)),
-                transfers(),
-                checkpointed=checkpointed(memory, len(blocks)),
-                elsewhere=elsewhere,
-            )
+            swap = _swap(memory, blocks, transfers(), elsewhere)
             moved |= {id(tensor) for tensor in swap.tensors}
-            notes.append(
-                f"block swap: {len(swap.numbers)} of {len(blocks)} blocks, {swap.host_bytes / _MIB:,.0f} MiB, are on "
-                f"the host and take turns in {swap.device_bytes / _MIB:,.0f} MiB"
-            )
+            notes.append(_swap_note(swap, len(blocks)))
         on_device = [tensor for tensor in on_device if id(tensor) not in moved]
     for tensor in on_device:
         tensor.data = tensor.data.to(device)
     return notes
+
+
+def place_trained(
+    memory: MemoryConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    carriers: Carriers | None = None,
+) -> tuple[BlockSwap | None, list[str]]:
+    """Bring to the device what belongs there of a denoiser that is trained whole; ``place`` is for frozen ones.
+
+    Args:
+        memory: The options.
+        family: The model's parts.
+        denoiser: As ``load_device`` says. Its parameters ask for gradients already.
+        device: Where the step runs.
+        carriers: Take the place of the device's own.
+
+    Returns:
+        What takes its weights to and fro, if anything does, and what was decided, one line each.
+
+    Raises:
+        ConfigError: More blocks should be swapped than there are.
+    """
+    if not memory.blocks_to_swap:
+        return None, []
+    blocks = list(family.blocks(denoiser))
+    transfers = transfers_to(device) if carriers is None else carriers.transfers
+    if transfers is None:
+        return None, ["no accelerator: all weights are in host memory already, nothing is swapped"]
+    swap = _swap(memory, blocks, transfers())
+    notes = [f"{_swap_note(swap, len(blocks))}; they travel back when they have changed"]
+    swapped = {id(tensor) for tensor in swap.tensors}
+    for tensor in _tensors(denoiser):
+        if id(tensor) not in swapped:
+            tensor.data = tensor.data.to(device)
+    return swap, notes
+
+
+def _swap(
+    memory: MemoryConfig, blocks: list[nn.Module], transfers: Transfers, elsewhere: Sequence[Tensor] = ()
+) -> BlockSwap:
+    count, computed_again = swap_count(memory, len(blocks)), checkpointed(memory, len(blocks))
+    return BlockSwap(blocks, count, transfers, checkpointed=computed_again, elsewhere=elsewhere)
+
+
+def _swap_note(swap: BlockSwap, blocks: int) -> str:
+    return (
+        f"block swap: {len(swap.numbers)} of {blocks} blocks, {swap.host_bytes / _MIB:,.0f} MiB, are on the host and "
+        f"take turns in {swap.device_bytes / _MIB:,.0f} MiB"
+    )
 
 
 def check_placement(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module) -> None:

@@ -168,6 +168,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         weight_dtype=precision.frozen,
         trackers=trackers,
         history=LossHistory(),
+        swap=model.swap,
         sharded=sharding is not None,
         metadata=run_metadata(
             config,
@@ -184,7 +185,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"
-        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host)
+        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host, swap=run.swap)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if resumed is not None:

@@ -1,5 +1,6 @@
 """The state of a run, which a resumed run goes on from. It appears whole or not at all."""
 
+import contextlib
 import json
 import os
 import time
@@ -133,7 +134,8 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
             sharded_states.read(run, Path(folder), state["optimizer"], weights=TRAINABLE, average=AVERAGE)
         else:
             run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
-            load_optimizer_state(inner, state["optimizer"])
+            with run.swap.stand_ins() if run.swap is not None else contextlib.nullcontext():
+                load_optimizer_state(inner, state["optimizer"])
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"

@@ -159,10 +159,13 @@ def _make_run(
 
 def _count(run: Run, allocations: Allocations, traffic: Traffic) -> Trial:
     allocations.start(STATE)
-    for parameter in run.parameters:
-        parameter.grad = torch.empty_like(parameter)
-    update_weights(run, 0)  # the optimizer's state exists afterwards
-    run.optimizer.zero_grad(set_to_none=True)
+    if traffic.host:  # what is where at a step's end decides what the next one moves
+        optimize(run, 0)
+    else:
+        for parameter in run.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        update_weights(run, 0)
+        run.optimizer.zero_grad(set_to_none=True)
     allocations.name(_state_tensors(run.optimizer), STATE)
     allocations.start(WORKING)
     traffic.up = traffic.down = 0
@@ -212,6 +215,7 @@ def trial_run(
         trackers=cast(Trackers, None),
         history=LossHistory(),
         metadata={},
+        swap=side.swap,
     )
 
 

@@ -1,5 +1,7 @@
 """How gradients become weights, where that is not the optimizer's step over all of them."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -20,12 +22,17 @@ def prepare_updates(run: Run) -> None:
     if not single_step_options(training, memory):
         return
     optimizer: Optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    run.one_by_one = OneByOne(optimizer, Rounding(run.seed) if training.stochastic_rounding else None)
+    swap = run.swap
+    with swap.stand_ins() if swap is not None else contextlib.nullcontext():  # it looks where the state must be
+        run.one_by_one = OneByOne(optimizer, Rounding(run.seed) if training.stochastic_rounding else None)
     if memory.fused_backward_pass:
         names = {parameter: name for name, parameter in run.trainable.named_parameters()}
         parameters = run.parameters
         called = [names.get(parameter, f"parameter {number}") for number, parameter in enumerate(parameters)]
-        run.fused_backward = FusedBackward(run.one_by_one, parameters, called)
+        stepped = swap.changed if swap is not None else None
+        run.fused_backward = FusedBackward(run.one_by_one, parameters, called, stepped)
+        if swap is not None:
+            swap.settle = run.fused_backward.settle
 
 
 def check_updates(config: RunConfig) -> None:
