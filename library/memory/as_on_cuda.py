@@ -26,9 +26,7 @@ class AsOnCuda(TorchFunctionMode):
         super().__init__()
         self._widened = {name for name, operation in _OVERLOADS.items() if _wide_on_cuda_alone(operation)}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """See ``TorchFunctionMode``."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")

@@ -3,7 +3,7 @@
 The step is taken without numbers (``trial``); so are the VAE's passes. What else there is, is added up.
 """
 
-import dataclasses
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +83,8 @@ def forecast(
     *,
     cuda: bool,
     denoiser: nn.Module | None = None,
+    step_config: RunConfig | None = None,
+    other: "OtherPhases | None" = None,
 ) -> Forecast:
     """This foresees a run of one process.
 
@@ -93,45 +95,115 @@ def forecast(
         precision: Of the run.
         cuda: Whether it trains on a CUDA device, or on the host.
         denoiser: On the meta device, in the type that it is loaded in; by default from the model's files.
+        step_config: Of the step, where it is another: without the text encoders' training.
+        other: What is known of the other phases; by default they are foreseen too.
     """
-    job = job_of(config)
+    step_config = step_config or config
+    job = job_of(step_config)
     if denoiser is None:
-        denoiser = family.load_denoiser(device="meta", dtype=job.dtype(DENOISER, config, family, precision))
+        denoiser = family.load_denoiser(device="meta", dtype=job.dtype(DENOISER, step_config, family, precision))
     text = family.text_shapes(shape.rows).to("meta", precision.frozen)
-    step = try_step(config, family, denoiser, text, shape, precision, cuda=cuda)
-    phases, unseen, host = {STEP: step.peak}, [], {}
+    step = try_step(step_config, family, denoiser, text, shape, precision, cuda=cuda)
+    phases, unseen, host = {STEP: step.peak}, list[str](), dict[str, int]()
     if step.host:
         host["swapped weights and activations"] = step.host
-    average = step.trained * 4 + step.trained * precision.trained.itemsize
     if config.ema.use_ema and config.ema.ema_device == "cpu":
-        host["moving average"] = average
-    batch = step.components.get("batch", 0) or _batch_bytes(family, text_bytes(text), shape)
-    host["batches read ahead"] = batch * max(1, AHEAD * config.data.loader_workers)
-    resident = step.resident
-    if family_has_files(family):
-        encoders = sum(family.encoder_numbers().values()) * precision.frozen.itemsize
-        vae_dtype = torch.float32 if config.caching.no_half_vae else precision.frozen
-        encoding, decoding, vae = _vae_peaks(config, family, shape, vae_dtype, cuda=cuda)
-        if config.caching.cache_latents:
-            phases[PICTURES] = encoding
-            if config.sampling.sample_prompts:
-                host["the VAE, for samples"] = vae
-        else:
-            phases = {name: size + vae for name, size in phases.items()}
-            phases[PICTURES] = resident + encoding
-        if config.caching.cache_text_encoder_outputs:
-            phases[CAPTIONS] = encoders
-        else:
-            phases = {name: size + encoders for name, size in phases.items()}
-            if config.trains_text_encoders:
-                unseen.append("what training text encoders keeps for its backward pass, and its gradients and state")
-        if config.sampling.sample_prompts:
-            own = 0 if config.caching.cache_text_encoder_outputs else encoders
-            phases[DECODING] = resident + own + decoding
+        host["moving average"] = step.trained * (torch.float32.itemsize + precision.trained.itemsize)
+    host["batches read ahead"] = step.batch * max(1, AHEAD * config.data.loader_workers)
+    if getattr(family, "files", None) is not None:  # else there is nothing but a denoiser of random weights
+        other = other or OtherPhases.of(config, family, shape, precision, cuda=cuda)
+        phases, more, unseen = other.added_to(config, step)
+        host |= more
     accumulation = config.training.gradient_accumulation_steps
     return Forecast(cuda, shape, accumulation, step, phases, host, tuple(unseen))
 
 
-def family_has_files(family: ModelFamily) -> bool:
-    """Whether there is more than a denoiser: a family of random weights has no files."""
-    return getattr(family, "files", None) is not None
+def largest_shape(
+    config: RunConfig,
+    latents: LatentFormat,
+    samples: Sequence[Sample] = (),
+    placements: Sequence[Placement] = (),
+) -> MicroBatchShape:
+    """The shape of the micro-batch with the most tokens, which needs the most memory.
+
+    Args:
+        config: The run.
+        latents: Of the family.
+        samples: What is trained on; without any, pictures of every shape and enough of them.
+        placements: One per sample.
+    """
+    visits: dict[tuple[int, Resolution], int] = {}
+    for sample, placement in zip(samples, placements):
+        key = sample.dataset, placement.bucket
+        visits[key] = visits.get(key, 0) + sample.num_repeats
+    if not visits:
+        for number, dataset in enumerate(config.datasets):
+            if dataset.role != "validation":
+                for bucket in _buckets(dataset, latents):
+                    visits[number, bucket] = dataset.batch_size
+    shapes = [
+        MicroBatchShape(min(count, config.datasets[number].batch_size), bucket)
+        for (number, bucket), count in visits.items()
+    ]
+    return max(shapes, key=lambda shape: (shape.rows * latents.tokens(shape.resolution), shape.rows))
+
+
+def _buckets(dataset: DatasetConfig, latents: LatentFormat) -> set[Resolution]:
+    return {place(size, dataset, latents.resolution_step).bucket for size in _ANY_SHAPE}
+
+
+@dataclass(frozen=True)
+class OtherPhases:
+    """What happens beside the step, in bytes.
+
+    Attributes:
+        encoding: The peak of encoding pictures, the VAE included.
+        decoding: The peak of drawing a picture from latents, the VAE included.
+        vae: The VAE's weights.
+        encoders: The text encoders' weights.
+    """
+
+    encoding: int
+    decoding: int
+    vae: int
+    encoders: int
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, family: ModelFamily, shape: MicroBatchShape, precision: Precision, *, cuda: bool
+    ) -> "OtherPhases":
+        """What a run does beside its steps; see ``forecast``."""
+        dtype = torch.float32 if config.caching.no_half_vae else precision.frozen
+        batch = config.caching.vae_batch_size if config.caching.cache_latents else shape.rows
+        vae = family.load_vae(device="meta", dtype=dtype)
+        native, latents = family.description.native_resolution, family.latents.format
+        with Hollow(), Allocations("cpu") as allocations, AsOnCuda() if cuda else contextlib.nullcontext():
+            vae = vae.to_empty(device="cpu")
+            resident = allocations.alive
+            with torch.no_grad():
+                pixels = torch.empty(batch, 3, shape.resolution.height, shape.resolution.width, dtype=dtype)
+                family.latents.encode(vae, pixels)
+                del pixels
+                encoding = allocations.peak
+                if config.sampling.sample_prompts:
+                    allocations.start("")
+                    family.latents.decode(vae, torch.empty(1, latents.channels, *latents.latent_size(native)))
+            encoders = sum(family.encoder_numbers().values()) * precision.frozen.itemsize
+            return cls(encoding, allocations.peak, resident, encoders)
+
+    def added_to(self, config: RunConfig, step: Trial) -> tuple[dict[str, int], dict[str, int], list[str]]:
+        """The peaks of all phases on the device, what waits on the host, and what isn't seen."""
+        caches_text, caches_latents = config.caching.cache_text_encoder_outputs, config.caching.cache_latents
+        beside = (0 if caches_text else self.encoders) + (0 if caches_latents else self.vae)
+        phases = {STEP: step.peak + beside}
+        phases[PICTURES] = self.encoding + (0 if caches_latents else step.resident + beside - self.vae)
+        if caches_text:
+            phases[CAPTIONS] = self.encoders
+        host, unseen = {}, []
+        if config.sampling.sample_prompts:
+            phases[DECODING] = step.resident + beside - (0 if caches_latents else self.vae) + self.decoding
+            if caches_latents:
+                host["the VAE, for samples"] = self.vae
+        if config.trains_text_encoders:
+            unseen.append("the gradients, activations and optimizer state of text encoders that are trained")
+        return phases, host, unseen

@@ -170,6 +170,8 @@ def swap_count(memory: MemoryConfig, blocks: int) -> int:
         ConfigError: The model hasn't so many.
     """
     asked = memory.blocks_to_swap or 0
+    if isinstance(asked, str):  # still to be found
+        return 0
     if asked > blocks:
         raise ConfigError(f"--blocks_to_swap {asked}: the model has {blocks} blocks; lower it")
     return asked

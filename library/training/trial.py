@@ -62,20 +62,24 @@ class Trial:
     Attributes:
         peak: The most bytes on the device at once.
         components: What they were, by name.
+        resident: Bytes that stay on the device between steps.
         operations: Floating-point operations.
         up: Bytes that travel to the device, the batch apart.
         down: Bytes that travel to the host.
         host: Bytes of weights and activations that wait on the host.
         trained: Trained numbers.
+        batch: Bytes of a micro-batch.
     """
 
     peak: int
     components: dict[str, int]
+    resident: int
     operations: float
     up: int
     down: int
     host: int
     trained: int
+    batch: int
 
 
 def try_step(
@@ -146,7 +150,9 @@ def _make_run(
         config, family, job, denoiser, {}, _HOST, precision, seed=0, optimizer_device=target, carriers=carriers
     )
     accelerator = cast(Any, _Accelerator(precision.mixed))
-    run = trial_run(config, family, side, accelerator, shape, hollow_batch(family, text, shape), precision)
+    batch = hollow_batch(family, text, shape)
+    allocations.name(batch_tensors(batch), BATCH)
+    run = trial_run(config, family, side, accelerator, shape, batch, precision)
     allocations.name(run.parameters, TRAINED)
     on_gradients(run.parameters, lambda gradient: allocations.name([gradient], GRADIENTS))
     if config.ema.use_ema and config.ema.ema_device != "cpu":
@@ -174,11 +180,13 @@ def _count(run: Run, allocations: Allocations, traffic: Traffic) -> Trial:
     return Trial(
         peak=allocations.peak,
         components=allocations.at_peak(),
+        resident=allocations.alive,
         operations=allocations.operations,
         up=traffic.up,
         down=traffic.down,
         host=traffic.host,
         trained=sum(parameter.numel() for parameter in run.parameters),
+        batch=sum(tensor.nbytes for tensor in batch_tensors(next(run.batches))),
     )
 
 
@@ -236,6 +244,13 @@ def hollow_batch(family: ModelFamily, text: TensorRecord, shape: MicroBatchShape
             {name: torch.empty(value.shape, dtype=value.dtype) for name, value in text.tensors().items()}
         ),
     )
+
+
+def batch_tensors(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch."""
+    values = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    text = [] if batch.text is None else list(batch.text.tensors().values())
+    return [*text, *(value for value in values if isinstance(value, Tensor))]
 
 
 @dataclass(frozen=True)
