@@ -128,7 +128,8 @@ class _Search:
         config = self._with(values)
         forecast = self._foresee(config)
         step, defaults = forecast.step, MemoryConfig()
-        chosen = {name: value for name, value in values.items() if value != getattr(defaults, name) and value != 0}
+        names = [field.name for field in dataclasses.fields(MemoryConfig) if values.get(field.name)]
+        chosen = {name: values[name] for name in names if values[name] != getattr(defaults, name)}
         seconds = self._rates.seconds(step.operations, step.up, step.down)
         tried = Fitting(config, chosen, forecast, seconds)
         if self.smallest is None or forecast.peak < self.smallest.forecast.peak:

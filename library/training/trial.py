@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from library.config.memory import MemoryConfig
 from library.config.run import RunConfig
 from library.data.plan import BatchPlan, MicroBatch, Visit
 from library.families.protocols import ModelFamily
@@ -140,8 +141,7 @@ def _make_run(
 ) -> Run:
     moving = cuda if moves is None else moves
     carriers = plain_carriers(allocations, traffic) if moving else Carriers(None, None)
-    memory = dataclasses.replace(config.memory, quantize_via="cpu" if config.memory.base_format else "accelerator")
-    config = dataclasses.replace(config, memory=memory)
+    config = dataclasses.replace(config, memory=_uncompiled(config.memory))
     allocations.start(BASE)
     denoiser = denoiser.to_empty(device=_HOST).eval().requires_grad_(False)
     job = job_of(config)
@@ -298,6 +298,13 @@ class _Accelerator:
 
     def reduce(self, sums: Tensor, reduction: str) -> Tensor:
         return sums.new_zeros(sums.shape)
+
+
+def _uncompiled(memory: MemoryConfig) -> MemoryConfig:
+    """The options without compilation, which needs numbers; compiled blocks keep no more than these."""
+    compilation = {"torch_compile", "dynamo_backend", "compile_dynamic"}
+    fields = {field.name: field.default for field in dataclasses.fields(memory) if field.name in compilation}
+    return dataclasses.replace(memory, **fields)
 
 
 def _named(parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
