@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 import torch
@@ -133,8 +133,8 @@ class Setting:
     batch_size: int
     rank: int | None
     precision: str
-    memory: MemoryConfig = MemoryConfig()
-    training: TrainingConfig = TrainingConfig()
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: str = "AdamW"
     optimizer_args: Sequence[str] = ()
     network_args: Sequence[str] = ()

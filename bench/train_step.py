@@ -9,13 +9,13 @@ python -m bench.train_step --family sana --size tiny --resolution 512 --batch_si
 It runs the trainer's own step (forward, backward, clipping, optimizer, schedule) on cached latents and text features,
 placed as the options say, once without and once with gradient checkpointing. ``--memory`` takes every option of the
 group "Memory and speed" as ``name=value``; each use of ``--memory`` is a row of its own. ``--table FILE`` measures the
-list of the documentation instead, and writes it as Markdown. ``--plain`` runs a bare loop over the same model beside it,
-in turn, and prints the ratio.
+documentation's list instead, and writes it as Markdown. ``--plain`` runs a bare loop over the same model beside it, in
+turn, and prints the ratio.
 
 ``foreseen_gib`` is what the trainer's forecast says before the step, ``counted_gib`` what there was: on a GPU
-``torch.cuda.max_memory_allocated``, on the host the memory of all tensors as operations made them. The bytes that travel
-per step are the forecast's. On the host, weights and activations that are to wait there travel all the same, by plain
-copies between memory that counts and memory that doesn't.
+``torch.cuda.max_memory_allocated``, on the host the memory of all tensors as operations made them. The bytes that
+travel per step are the forecast's. On the host, weights and activations that are to wait there travel all the same, by
+plain copies between memory that counts and memory that doesn't.
 """
 
 import argparse
