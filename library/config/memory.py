@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.config.errors import ConfigError
 from library.config.options import option
+from library.config.sizes import AUTO, parse_count_or_auto, parse_size
 
 FORMAT_NAMES = (
     "int8",
@@ -27,6 +28,14 @@ FORMAT_NAMES = (
 class MemoryConfig:
     """Memory and speed."""
 
+    fit: str | None = option(
+        None,
+        "Find the fastest settings whose forecast fits into this much memory of a GPU (12GiB, 11.5GiB, 24GB), or with "
+        "auto into what is free of this machine's GPU; print them as options to paste, and stop without training. "
+        "Options that are given stay as they are; the batch stays too.",
+        metavar="SIZE",
+        parse=parse_size,
+    )
     gradient_checkpointing: bool = option(
         False,
         "Keep only each block's input and compute the rest again in the backward pass: far less memory, about a third "
@@ -60,12 +69,13 @@ class MemoryConfig:
         "With --gradient_checkpointing: the inputs of the blocks wait in host memory for the backward pass, and come "
         "back ahead of their turn. The results are the same.",
     )
-    blocks_to_swap: int | None = option(
+    blocks_to_swap: int | str | None = option(
         None,
         "Relieve the device of the weights of this many blocks, up to all of them. They stay in host memory and come "
         "two blocks ahead of their turn; the results are the same. A full fine-tune needs --fused_backward_pass with "
-        "it. By default none.",
-        minimum=0,
+        "it. auto takes the fewest with which the forecast fits into the GPU's free memory. By default none.",
+        metavar="N",
+        parse=parse_count_or_auto,
     )
     stream_modulation: bool = option(
         False,
@@ -215,6 +225,11 @@ class MemoryConfig:
         """Precisions of text encoders that stay as they are: a model may have fewer of them."""
         numbers = (number for number in (1, 2, 3) if number not in self.encoder_formats)
         return tuple(f"text_encoder_{number}_precision" for number in numbers)
+
+    @property
+    def swaps_automatically(self) -> bool:
+        """Whether ``blocks_to_swap`` is still to be found."""
+        return self.blocks_to_swap == AUTO
 
     @property
     def changes_placement(self) -> bool:

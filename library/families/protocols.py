@@ -133,6 +133,14 @@ class ModelFamily(Protocol):
         """The text encoders by name, frozen, in eval mode: all of them, or those in ``names``."""
         ...
 
+    def text_shapes(self, rows: int) -> TensorRecord:
+        """Text features of so many captions on the meta device, fp32, of the length that the denoiser gets."""
+        ...
+
+    def encoder_numbers(self) -> Mapping[str, int]:
+        """How many numbers the weights of each text encoder have, from headers alone."""
+        ...
+
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
         """The VAE, frozen, in eval mode."""
         ...

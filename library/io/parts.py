@@ -1,6 +1,7 @@
 """One component of a model as it lies on disk: in a file of its own, among others in one file, or cut into shards."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[Header, ...]:
     if path.name.endswith(".json"):
         return _read_index(path)
     return (_read_file(path),)
+
+
+def number_count(part: Part) -> int:
+    """How many numbers a part's tensors have."""
+    return sum(math.prod(shape) for shape in part.shapes.values())
 
 
 def part_identity(part: Part) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,19 @@ from library.training.precision import Precision
 _MIB = 1 << 20
 
 
+@dataclass(frozen=True)
+class Carriers:
+    """What moves tensors between host and device.
+
+    Attributes:
+        transfers: Makes what moves weights; None: nothing does.
+        stash: Where activations may wait on the host; None: nowhere.
+    """
+
+    transfers: Callable[[], Transfers] | None
+    stash: Stash | None
+
+
 def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:
     """Where the denoiser is loaded to: where it stays, or the host if ``place`` will not bring all of it as it is."""
     return torch.device("cpu") if memory.changes_placement else device
@@ -35,6 +49,7 @@ def place(
     family: ModelFamily,
     denoiser: nn.Module,
     device: torch.device,
+    carriers: Carriers | None = None,
     *,
     stored: Stored | None = None,
 ) -> list[str]:
@@ -45,6 +60,7 @@ def place(
         family: The model's parts.
         denoiser: As ``load_device`` says. Everything that changes its weights is done.
         device: Where the step runs.
+        carriers: Take the place of the device's own.
         stored: Tells what the files have of a layer in fp8.
 
     Returns:
@@ -60,7 +76,7 @@ def place(
     if memory.base_format is not None:
         notes.append(_quantize(memory, blocks, device, stored))
     on_device = list(_tensors(denoiser))
-    transfers = transfers_to(device)
+    transfers = transfers_to(device) if carriers is None else carriers.transfers
     if transfers is None:
         if memory.blocks_to_swap or memory.stream_modulation:
             notes.append("no accelerator: all weights are in host memory already, nothing is swapped or streamed")
@@ -85,7 +101,12 @@ def place(
 
 
 def place_trained(
-    memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device: torch.device, precision: Precision
+    memory: MemoryConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    precision: Precision,
+    carriers: Carriers | None = None,
 ) -> tuple[BlockSwap | None, list[str]]:
     """Bring to the device what belongs there of a denoiser that is trained whole; ``place`` is for frozen ones.
 
@@ -95,6 +116,7 @@ def place_trained(
         denoiser: As ``load_device`` says. Its parameters ask for gradients already.
         device: Where the step runs.
         precision: Of the weights and of what is computed.
+        carriers: Take the place of the device's own.
 
     Returns:
         What takes its weights to and fro, if anything does, and what was decided, one line each.
@@ -104,7 +126,8 @@ def place_trained(
     """
     if not memory.blocks_to_swap:
         return None, []
-    blocks, transfers = list(family.blocks(denoiser)), transfers_to(device)
+    blocks = list(family.blocks(denoiser))
+    transfers = transfers_to(device) if carriers is None else carriers.transfers
     if transfers is None:
         return None, ["no accelerator: all weights are in host memory already, nothing is swapped"]
     swap = _swap(memory, blocks, transfers())
@@ -164,6 +187,8 @@ def swap_count(memory: MemoryConfig, blocks: int) -> int:
         ConfigError: The model hasn't so many.
     """
     asked = memory.blocks_to_swap or 0
+    if isinstance(asked, str):  # still to be found
+        return 0
     if asked > blocks:
         raise ConfigError(f"--blocks_to_swap {asked}: the model has {blocks} blocks; lower it")
     return asked
@@ -174,14 +199,16 @@ def checkpointed(memory: MemoryConfig, blocks: int) -> range:
     return range(0, blocks, memory.gradient_checkpointing_interval) if memory.gradient_checkpointing else range(0)
 
 
-def save_activations(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> list[str]:
+def save_activations(
+    memory: MemoryConfig, blocks: list[nn.Module], device: torch.device, carriers: Carriers | None = None
+) -> list[str]:
     """Let blocks forget activations, as the options say; returns what was decided, one line each."""
     if not memory.gradient_checkpointing:
         return []
     run: Checkpoint = recompute_all_but_attention if memory.gradient_checkpointing_keep_attention else recompute_all
     notes = []
     if memory.cpu_offload_checkpointing:
-        stash = stash_for(device)
+        stash = stash_for(device) if carriers is None else carriers.stash
         if stash is None:
             notes.append("no accelerator: checkpoints are in host memory already, none is moved")
         else:

@@ -37,7 +37,7 @@ from library.families.sana.skip_layers import skipped_layers
 from library.families.sana.text import SanaText, SanaTextStrategy
 from library.families.sana.tokenizers import load_tokenizer, tokenizer_folder
 from library.io.fp8_matrices import Fp8Matrices
-from library.io.parts import part_identity
+from library.io.parts import number_count, part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
@@ -101,6 +101,16 @@ class SanaFamily:
         read_to = "meta" if torch.device(device).type == "meta" else "cpu"
         tensors = LazyTensors(part, device=read_to, mmap=self.mmap).items()
         return {"gemma": load_gemma(tensors, part.shapes, device=device, dtype=dtype, source=part.title)}
+
+    def text_shapes(self, rows: int) -> SanaText:
+        """Text features of so many captions on the meta device, fp32."""
+        length, width = self.options.sana_max_token_length, self.denoiser.context_width
+        context = torch.empty(rows, length, width, device="meta")
+        return SanaText(context, torch.empty(rows, length, dtype=torch.bool, device="meta"))
+
+    def encoder_numbers(self) -> dict[str, int]:
+        """How many numbers Gemma's weights have, from headers alone."""
+        return {"gemma": number_count(self.files.gemma)}
 
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
         """The DC-AE, frozen, in eval mode."""

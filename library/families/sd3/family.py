@@ -29,14 +29,14 @@ from library.families.sd3.skip_layers import skipped_layers
 from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy
 from library.families.sd3.tokenizers import tokenizer_folders
 from library.io.fp8_matrices import Fp8Matrices
-from library.io.parts import Part, part_identity
+from library.io.parts import Part, number_count, part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.clip import load_clip
 from library.text_encoders.t5 import load_t5
-from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
+from library.text_encoders.tokenizers import CLIP_LENGTH, TokenizerPlaces, tokenizer_places
 
 SAMPLING_SHIFT = 3.0
 """The shift of the reference implementation's sampling schedule."""
@@ -115,6 +115,20 @@ class Sd3Family:
             tensors = LazyTensors(t5, device=read_to, mmap=self.mmap).items()
             encoders["t5xxl"] = load_t5(tensors, t5.shapes, device=device, dtype=dtype, source=t5.title)
         return encoders
+
+    def text_shapes(self, rows: int) -> Sd3Text:
+        """Text features of so many captions on the meta device, fp32."""
+        sizes = self.denoiser
+        t5 = torch.empty(rows, self.options.t5xxl_max_token_length, sizes.context_width, device="meta")
+        return Sd3Text(
+            clip=torch.empty(rows, CLIP_LENGTH, sizes.pooled_width, device="meta"),
+            pooled=torch.empty(rows, sizes.pooled_width, device="meta"),
+            t5=None if self.files is not None and self.files.t5xxl is None else t5,
+        )
+
+    def encoder_numbers(self) -> dict[str, int]:
+        """How many numbers the weights of each text encoder have, from headers alone."""
+        return {name: number_count(part) for name, part in self._encoders.items()}
 
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
         """The VAE, frozen, in eval mode."""
