@@ -18,7 +18,7 @@ from library.training.jobs import Job
 from library.training.optimizers import CreatedOptimizer, create_optimizer
 from library.training.placing import load_device, place, save_activations
 from library.training.precision import Precision
-from library.training.quantized_matmul import decide_matmul
+from library.training.quantized_matmul import decide_matmul, rows_of
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
 from library.training.stored_fp8 import log_fp8
@@ -85,7 +85,8 @@ def load_model_side(
     log_fp8(config, family, DENOISER, dtype, trained=True)
     merge_base_weights(config, family, {DENOISER: denoiser})
     notes = place(config.memory, family, denoiser, device, stored=stored_codes(family, DENOISER, denoiser))
-    decided = decide_matmul(config, family, denoiser, device, before=matmul)
+    rows = rows_of(config, family)
+    decided = decide_matmul(config.memory, family, denoiser, device, rows=rows, before=matmul)
     notes += decided.notes
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     notes += save_activations(config.memory, list(family.blocks(denoiser)), device)
