@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.synthetic_run import family_of, make_run
+from bench.synthetic_run import Setting, family_of, make_run
 from library.config.memory import MemoryConfig
 from library.families import FAMILIES
+from library.memory.allocations import Allocations
 from library.memory.block_swap import BlockSwap
 from library.memory.checkpointing import enable_checkpointing
+from library.memory.plain_transfers import Traffic
 from library.memory.transfer_trace import TransferTrace, Turn
 from library.memory.transfers import CudaTransfers, Transfers
 from library.training.loop import optimize
 from library.training.run import Run
+from library.training.setup import has_accelerator
 from library.training.updates import prepare_updates
 
 _MIB = 1 << 20
@@ -123,16 +126,16 @@ def main() -> int:
         family = options.family or ("sd3" if options.size == "tiny" else family_of(options.size))
     except ValueError as error:
         parser.error(str(error))
-    run = make_run(
-        family,
-        options.size,
+    setting = Setting(
+        family=family,
+        size=options.size,
         resolution=options.resolution,
         batch_size=options.batch_size,
-        rank=options.rank,
+        rank=None if options.full else options.rank,
         precision=options.precision,
-        checkpointing=False,  # it must wrap what swaps
-        full=options.full,
-    ).run
+    )  # without checkpointing, which must wrap what swaps
+    device = "cuda" if has_accelerator() else "cpu"
+    run = make_run(setting, Allocations(device), Traffic()).run
     blocks = len(run.family.blocks(run.denoiser))
     if not 0 < options.blocks_to_swap <= blocks:
         parser.error(f"--blocks_to_swap {options.blocks_to_swap}: the model has {blocks} blocks")

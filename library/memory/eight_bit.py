@@ -75,6 +75,10 @@ def _rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales).to(torch.float8_e4m3fn), scales
 
 
+def _multiply_int8(a: Tensor, b: Tensor) -> Tensor:
+    return torch._int_mm(a, _by_columns(b) if a.is_cuda else b)
+
+
 def _multiply_fp8(a: Tensor, b: Tensor) -> Tensor:
     if not a.is_cuda:
         return a.float() @ b.float()  # exact products, summed in fp32, as the instruction does
@@ -83,12 +87,15 @@ def _multiply_fp8(a: Tensor, b: Tensor) -> Tensor:
 
 def scaled_mm(a: Tensor, b: Tensor) -> Tensor:
     """The product of fp8 codes (N, K) and (K, M), fp32, by torch's instruction; scales come afterwards."""
-    if b.stride(0) != 1:
-        b = b.t().contiguous().t()  # the instruction wants columns; a byte per weight to copy
     one = torch.ones((), device=a.device)
     # without use_fast_accum: on Hopper it drops bits of the sums
-    return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return torch._scaled_mm(a, _by_columns(b), scale_a=one, scale_b=one, out_dtype=torch.float32)
 
 
-INT8 = EightBit((7, 5), _rows_to_int8, torch._int_mm)
+def _by_columns(b: Tensor) -> Tensor:
+    """The matrix laid out column after column, as the tensor cores' 8-bit instructions want it; a byte to copy each."""
+    return b if b.stride(0) == 1 else b.t().contiguous().t()
+
+
+INT8 = EightBit((7, 5), _rows_to_int8, _multiply_int8)
 FP8 = EightBit((8, 9), _rows_to_fp8, _multiply_fp8)

@@ -51,7 +51,7 @@ class WeightFormat:
     Attributes:
         name: As typed.
         quantize: The matrix in fp32 -> codes (O, n) and scales (O, groups), fp32.
-        values: Codes (O, n) -> their values (O, I), fp32, before the scales.
+        values: Codes (O, n) -> their values (O, I), fp32, before the scales; None: they are their own.
         bits: Per weight, scales apart.
         group: Weights of one output that share a scale; None: all of them.
         arithmetic: Products with the codes themselves; None: the matrix is always dequantised.
@@ -60,7 +60,7 @@ class WeightFormat:
 
     name: str
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
-    values: Callable[[Tensor], Tensor]
+    values: Callable[[Tensor], Tensor] | None
     bits: int
     group: int | None
     arithmetic: EightBit | None = None
@@ -78,9 +78,11 @@ class WeightFormat:
 
     def dequantize_plainly(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The same by torch's own operations."""
+        if self.values is None or self.group is None:
+            # fp32 products, rounded once: in one pass over memory rather than three. Every fp8 number is one of dtype's
+            values = codes if codes.dtype == torch.int8 else codes.to(dtype)
+            return torch.mul(values, scales, out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
         values = self.values(codes)
-        if self.group is None:
-            return (values * scales).to(dtype)
         return (values.view(len(codes), -1, self.group) * scales.unsqueeze(-1)).to(dtype).view(len(codes), -1)
 
 
@@ -129,8 +131,8 @@ def _nf4_values(codes: Tensor) -> Tensor:
 FORMATS = {
     known.name: known
     for known in (
-        WeightFormat("int8", _to_int8, Tensor.float, 8, None, INT8),
-        WeightFormat("fp8", _to_fp8, Tensor.float, 8, None, FP8),
+        WeightFormat("int8", _to_int8, None, 8, None, INT8),
+        WeightFormat("fp8", _to_fp8, None, 8, None, FP8),
         WeightFormat("int4", _to_int4, lambda codes: _unpack(codes).float().sub(8), 4, GROUP),
         WeightFormat("nf4", _to_nf4, _nf4_values, 4, GROUP, fast=fast_dequantize),
     )

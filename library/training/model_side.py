@@ -21,7 +21,7 @@ from library.training.jobs import Job
 from library.training.optimizers import CreatedOptimizer, create_optimizer
 from library.training.placing import Carriers, load_device, place, place_trained, save_activations
 from library.training.precision import Precision
-from library.training.quantized_matmul import decide_matmul
+from library.training.quantized_matmul import decide_matmul, rows_of
 from library.training.sharding import offloads, shard
 from library.training.sharding_settings import ShardingSettings
 from library.training.stored_fp8 import log_fp8
@@ -143,7 +143,8 @@ def assemble(
     if config.network is not None:
         stored = stored_codes(family, DENOISER, denoiser) if carriers is None else None
         notes += place(memory, family, denoiser, device, carriers, stored=stored)
-    decided = decide_matmul(config, family, denoiser, device, before=matmul)
+    rows = rows_of(config, family)
+    decided = decide_matmul(memory, family, denoiser, device, rows=rows, before=matmul)
     notes += decided.notes
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     swap = None

@@ -69,29 +69,36 @@ def check_instruction(memory: MemoryConfig, capability: tuple[int, int] | None) 
         _refuse_missing(FORMATS[memory.base_format], capability, "--quantized_matmul 8bit")
 
 
+def rows_of(config: RunConfig, family: ModelFamily) -> int:
+    """Rows of the activations in the largest batches: their pictures' tokens together. 0 without any data."""
+    tokens = family.latents.format.tokens
+    return max((dataset.batch_size * tokens(dataset.resolution) for dataset in config.datasets), default=0)
+
+
 def decide_matmul(
-    config: RunConfig,
+    memory: MemoryConfig,
     family: ModelFamily,
     denoiser: nn.Module,
     device: torch.device,
     *,
-    before: Matmul | None,
+    rows: int,
+    before: Matmul | None = None,
     timer: Timer | None = None,
 ) -> Decided:
     """Decide how products with the denoiser's eight-bit matrices are computed, and let its layers do so.
 
     Args:
-        config: The run.
+        memory: The options.
         family: The model's parts.
         denoiser: Placed.
         device: Where the step runs.
+        rows: Of the activations, for measuring.
         before: How the run that goes on computed; None: it begins.
         timer: Measures; by default CUDA events on a GPU, and nothing is measured on a CPU.
 
     Raises:
         ConfigError: The run that goes on computed as this GPU can't.
     """
-    memory = config.memory
     if memory.base_format is None or FORMATS[memory.base_format].arithmetic is None:
         return Decided(None, [])
     chosen, capability = FORMATS[memory.base_format], gpu_capability() if device.type == "cuda" else None
@@ -111,7 +118,7 @@ def decide_matmul(
         note = f"this GPU has no {chosen.name} arithmetic: matrices are dequantised for each product, which takes time"
         decided = Decided(Matmul(), [note])
     else:
-        matmul, note = _measured(config, family, denoiser, device, chosen, timer or cuda_timer)
+        matmul, note = _measured(chosen, family, denoiser, device, min(rows, _MOST_ROWS), timer or cuda_timer)
         # all processes go the first one's way
         (matmul,) = broadcast_object_list([matmul])
         decided = Decided(matmul, [note])
@@ -121,21 +128,20 @@ def decide_matmul(
 
 
 def _measured(
-    config: RunConfig,
+    chosen: WeightFormat,
     family: ModelFamily,
     denoiser: nn.Module,
     device: torch.device,
-    chosen: WeightFormat,
+    rows: int,
     timer: Timer,
 ) -> tuple[Matmul, str]:
-    """The fastest ways for the sizes of this model and the rows of this run's batches, and what is told of them."""
+    """The fastest ways for the sizes of this model and so many rows, and what is told of them."""
     skipped = {id(layer) for part in family.modulation(denoiser).layers for layer in part.modules()}  # a row per sample
     layers = [layer for layer in quantized_layers(denoiser).values() if id(layer) not in skipped]
     codes: list[Any] = [layer.weight_codes for layer in layers]
     shapes = Counter((len(own), own.shape[1]) for own in codes)
     largest = sorted(shapes, key=lambda shape: -shapes[shape] * shape[0] * shape[1])[:_MOST_SIZES]
-    tokens = (dataset.batch_size * family.latents.format.tokens(dataset.resolution) for dataset in config.datasets)
-    rows, dtype = min(max(tokens), _MOST_ROWS), next(denoiser.parameters()).dtype
+    dtype = next(denoiser.parameters()).dtype
     sizes = {shape: shapes[shape] for shape in largest}
     saved = sum(own.numel() * (dtype.itemsize - 1) for own in codes)
     try:

@@ -18,10 +18,11 @@ from library.nn.attention import sdpa
 from library.records import Resolution
 from library.training import quantized_matmul
 from library.training.placing import place
-from library.training.quantized_matmul import check_instruction, decide_matmul, matmul_facts, saved_matmul
+from library.training.quantized_matmul import check_instruction, decide_matmul, matmul_facts, rows_of, saved_matmul
 
 CPU = torch.device("cpu")
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
+ROWS = 2 * 4 * 6
 MIXED = Matmul(EIGHT_BIT, DEQUANTIZE)
 
 
@@ -31,9 +32,7 @@ def decided(*, before=None, timer=None, device=CPU, **options):
     sizes = dataclasses.replace(TINY, depth=2, width=64, num_heads=1, dual_attention_blocks=(0,))
     denoiser = MMDiT(sizes, attention=sdpa).to(torch.bfloat16)
     place(memory, family, denoiser, CPU)
-    dataset = SimpleNamespace(batch_size=2, resolution=Resolution(64, 96))
-    config = SimpleNamespace(memory=memory, datasets=(dataset,))
-    found = decide_matmul(config, family, denoiser, device, before=before, timer=timer)
+    found = decide_matmul(memory, family, denoiser, device, rows=ROWS, before=before, timer=timer)
     return found, {layer.quantized_matmul for layer in quantized_layers(denoiser).values()}
 
 
@@ -53,10 +52,15 @@ def test_auto_measures_the_model_s_own_sizes_and_the_run_s_rows():
     timer = Stopwatch(4.0, 5.0, 2.0, 4.0, 5.0, 7.0)
     found, layers = decided(base_model_precision="int8", timer=timer)
     assert found.matmul == MIXED and layers == {MIXED}
-    rows = 2 * 4 * 6  # two pictures, tokens of 16 pixels
-    assert {size[0] for size in timer.sizes} == {rows}
+    assert {size[0] for size in timer.sizes} == {ROWS}
     assert {size[1] for size in timer.sizes} == {64, 192, 256}  # not the modulation's 384 and 576
-    assert f"with {rows} rows" in found.notes[0] and "Forward is computed in 8 bits" in found.notes[0]
+    assert f"with {ROWS} rows" in found.notes[0] and "Forward is computed in 8 bits" in found.notes[0]
+
+
+def test_rows_are_the_tokens_of_the_largest_batch():
+    datasets = [SimpleNamespace(batch_size=count, resolution=Resolution(64, 96)) for count in (1, 2)]
+    assert rows_of(SimpleNamespace(datasets=datasets), synthetic_family("tiny")) == ROWS  # of 16 pixels a side
+    assert rows_of(SimpleNamespace(datasets=()), synthetic_family("tiny")) == 0
 
 
 @pytest.mark.parametrize(
