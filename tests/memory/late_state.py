@@ -15,8 +15,9 @@ class LateStateTransfers:
     """``library.memory.state_transfers.StateTransfers``: no copy is done before somebody has to wait for it.
 
     A slot holds no numbers from when something is fetched into it until that is waited for, and once its content is
-    home; what is written to it before goes home instead. A tensor on the host holds none from when something is sent to it until it is fetched again, or all is
-    settled. ``happened`` has in order what was fetched, used and sent home, and whose it was.
+    home; what is written to it before goes home instead. A tensor on the host holds none from when something is sent to
+    it until it is fetched again, or all is settled. ``happened`` has in order what was fetched, used and sent home, and
+    whose it was.
     """
 
     def __init__(self):
