@@ -94,6 +94,11 @@ def _misfits(config: RunConfig, asked_by: str) -> list[str]:
             f"--stochastic_rounding draws for whole weights, and with {asked_by} each process has a part of them; "
             "remove it"
         )
+    if config.training.kahan_summation:
+        problems.append(
+            f"--kahan_summation keeps the rests of whole weights, and with {asked_by} each process has a part of them; "
+            "remove it"
+        )
     if config.memory.optimizer_state_on_host:
         problems.append(
             f"--offload_optimizer_device cpu moves whole states, and with {asked_by} each process has a part of them; "

@@ -14,9 +14,10 @@ def _blank(tensor):
 class LateStateTransfers:
     """``library.memory.state_transfers.StateTransfers``: no copy is done before somebody has to wait for it.
 
-    A slot holds no numbers from when something is fetched into it until that is waited for, and from when its content
-    is sent home. A tensor on the host holds none from when something is sent to it until it is fetched again, or all is
-    settled. ``happened`` has in order what was fetched, used and sent home, and whose it was.
+    A slot holds no numbers from when something is fetched into it until that is waited for, and once its content is
+    home; what is written to it before goes home instead. A tensor on the host holds none from when something is sent to
+    it until it is fetched again, or all is settled. ``happened`` has in order what was fetched, used and sent home, and
+    whose it was.
     """
 
     def __init__(self):
@@ -50,11 +51,9 @@ class LateStateTransfers:
 
     def send_home(self, owner, copies, slot):
         self._arrive_home(lambda other, place: other == owner)
-        on_the_way = [(source.clone(), target) for source, target in copies]
-        for source, target in copies:
-            source.view(torch.uint8).fill_(NOTHING)
+        for _, target in copies:
             _blank(target)
-        self._going[owner] = (on_the_way, slot)
+        self._going[owner] = (copies, slot)
         self.happened.append(("sent home", owner))
 
     def settle(self):
@@ -65,4 +64,5 @@ class LateStateTransfers:
             if wanted(owner, slot):
                 for source, target in copies:
                     target.copy_(source)
+                    source.view(torch.uint8).fill_(NOTHING)
                 del self._going[owner]

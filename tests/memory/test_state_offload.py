@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from library.config.optimizer import OPTIMIZER_NAMES, OptimizerConfig
-from library.memory.state_offload import AHEAD, SMALLEST, StateOffload
+from library.memory.state_offload import SMALLEST, StateOffload
 from library.optimizers.kahan import KahanSummation
 from library.optimizers.one_by_one import OneByOne
 from library.optimizers.rounding import Rounding
@@ -113,11 +113,11 @@ def test_state_is_sent_for_two_parameters_ahead(backwards):
     happened = away.transfers.happened
     assert [owner for what, owner in happened if what == "used"] == order
     fetched = [owner for what, owner in happened if what == "fetched"]
-    assert fetched == [*order, *order][AHEAD : len(order) + AHEAD]  # each once, the first two before the step
+    assert fetched == [*order, *order][2 : len(order) + 2]  # each once, the first two before the step
     asked, used = ([at for at, (what, _) in enumerate(happened) if what == kind] for kind in ("fetched", "used"))
-    for turn in range(AHEAD, 2 * len(large)):
-        before = turn - AHEAD + 1 if turn % len(large) >= AHEAD else len(large)
-        assert asked[turn - AHEAD] < used[before], turn
+    for turn in range(2, 2 * len(large)):
+        before = turn - 1 if turn % len(large) >= 2 else len(large)
+        assert asked[turn - 2] < used[before], turn
 
 
 def test_a_step_in_another_order_or_of_fewer_weights_is_right_all_the_same():
