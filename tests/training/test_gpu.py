@@ -179,3 +179,29 @@ def test_swapped_blocks_take_no_memory_of_the_device():
     assert torch.equal(x, expected)
     assert swap.device_bytes == 2 * size
     assert torch.cuda.max_memory_allocated() - before < 4 * size
+
+
+@pytest.mark.parametrize("family", ["sd3.5-medium", "sana-0.6b"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"gradient_checkpointing": True}, id="recomputed"),
+        pytest.param({"gradient_checkpointing": True, "blocks_to_swap": 12}, id="swapped"),
+        pytest.param({"base_model_precision": "int8"}, id="int8"),
+    ],
+)
+def test_what_was_foreseen_is_what_the_device_counts(family, memory):
+    from bench.synthetic_run import Setting, family_of, make_run
+    from library.config.memory import MemoryConfig
+    from library.memory.allocations import Allocations
+    from library.memory.plain_transfers import Traffic
+    from library.training.loop import optimize
+
+    setting = Setting(family_of(family), family, 512, 2, 16, "bf16", MemoryConfig(**memory))
+    before = torch.cuda.memory_allocated()
+    made = make_run(setting, Allocations("cuda"), Traffic())
+    optimize(made.run, 0)
+    torch.cuda.reset_peak_memory_stats()
+    optimize(made.run, 1)
+    assert made.forecast.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
