@@ -69,7 +69,7 @@ def trained(monkeypatch):
 
     setup = types.SimpleNamespace(run_training=run_training)
     monkeypatch.setitem(sys.modules, "library.training.setup", setup)
-    rehearsal = types.SimpleNamespace(rehearsal=lambda config: ["trained: denoiser"])
+    rehearsal = types.SimpleNamespace(rehearsal=lambda config, *data: ["trained: denoiser"])
     monkeypatch.setitem(sys.modules, "library.training.rehearsal", rehearsal)
     monkeypatch.setattr(cli, "configure_logging", lambda config: None)
     return configs

@@ -197,7 +197,7 @@ class BlockSwap:
         """The turns after this one, each once, in the order in which they are expected."""
         last = len(self.numbers) - 1
         up, down = range(turn + 1, last + 1), range(turn - 1, -1, -1)
-        if _in_backward():
+        if in_backward():
             expected = itertools.chain(down, range(last + 1))
         elif torch.is_grad_enabled():
             expected = itertools.chain(up, range(last, -1, -1))
@@ -243,7 +243,7 @@ class BlockSwap:
     def pack(self, turn: int, tensor: Tensor) -> Tensor | _Saved:
         """What autograd shall keep of ``tensor``: of a weight in a slot, which others will use meanwhile, its place."""
         slot = self._slots[self._held.index(turn)]
-        if tensor.untyped_storage().data_ptr() != slot.untyped_storage().data_ptr():
+        if tensor.untyped_storage()._cdata != slot.untyped_storage()._cdata:  # on meta all addresses are 0
             return tensor
         offset = int(tensor.storage_offset()) * tensor.dtype.itemsize
         return _Saved(turn, offset, tensor.shape, tensor.stride(), tensor.dtype)
@@ -273,7 +273,7 @@ def _gradient_comes(swap: BlockSwap, turn: int, _: Tensor) -> None:
     swap.enter(turn)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is computing gradients in this thread."""
     return torch._C._current_graph_task_id() != -1
 

@@ -46,12 +46,13 @@ class CudaTransfers:
     A link carries both ways at once, so there is a stream for each.
 
     Attributes:
+        device: The device.
         to_device: The stream of what is fetched.
         to_host: The stream of what is sent home.
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self.device = device
         self.to_device, self.to_host = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._arrived: dict[int, torch.cuda.Event] = {}  # by slot
         self._left: dict[int, torch.cuda.Event] = {}  # by slot
@@ -63,27 +64,31 @@ class CudaTransfers:
 
     def device_buffer(self, size: int) -> Tensor:
         """See ``Transfers``."""
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def fetch(self, source: Tensor, target: Tensor, slot: int) -> None:
         """See ``Transfers``."""
-        self.to_device.wait_stream(torch.cuda.current_stream(self._device))
-        for event in (self._left.get(slot), self._home.get(source.data_ptr())):
-            if event is not None:
-                self.to_device.wait_event(event)
+        self.line_up(source, slot)
         with torch.cuda.stream(self.to_device):
             target.copy_(source, non_blocking=True)
         self._arrived[slot] = self.to_device.record_event()
+
+    def line_up(self, source: Tensor, slot: int) -> None:
+        """What comes to the device from now on waits until the slot may be filled, and its host copy be read."""
+        self.to_device.wait_stream(torch.cuda.current_stream(self.device))
+        for event in (self._left.get(slot), self._home.get(source.data_ptr())):
+            if event is not None:
+                self.to_device.wait_event(event)
 
     def wait(self, slot: int) -> None:
         """See ``Transfers``."""
         for event in (self._arrived.get(slot), self._left.get(slot)):
             if event is not None:
-                torch.cuda.current_stream(self._device).wait_event(event)
+                torch.cuda.current_stream(self.device).wait_event(event)
 
     def send_home(self, source: Tensor, target: Tensor, slot: int) -> None:
         """See ``Transfers``."""
-        self.to_host.wait_stream(torch.cuda.current_stream(self._device))
+        self.to_host.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.to_host):
             target.copy_(source, non_blocking=True)
         self._left[slot] = self._home[target.data_ptr()] = self.to_host.record_event()

@@ -126,7 +126,7 @@ def assemble(
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     swap = None
     if config.network is None:
-        swap, notes = place_trained(memory, family, denoiser, device, carriers)
+        swap, notes = place_trained(memory, family, denoiser, device, precision, carriers)
     notes += save_activations(memory, list(family.blocks(denoiser)), device, carriers)
     if sharding is not None:
         shard(family, trainable, sharding, device)

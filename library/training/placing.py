@@ -16,6 +16,7 @@ from library.memory.checkpointing import enable_checkpointing
 from library.memory.modulation import StreamedModulation
 from library.memory.quantization import FORMATS, quantize_blocks
 from library.memory.transfers import CudaStash, CudaTransfers, Transfers
+from library.training.precision import Precision
 
 _MIB = 1 << 20
 
@@ -96,6 +97,7 @@ def place_trained(
     family: ModelFamily,
     denoiser: nn.Module,
     device: torch.device,
+    precision: Precision,
     carriers: Carriers | None = None,
 ) -> tuple[BlockSwap | None, list[str]]:
     """Bring to the device what belongs there of a denoiser that is trained whole; ``place`` is for frozen ones.
@@ -105,6 +107,7 @@ def place_trained(
         family: The model's parts.
         denoiser: As ``load_device`` says. Its parameters ask for gradients already.
         device: Where the step runs.
+        precision: Of the weights and of what is computed.
         carriers: Take the place of the device's own.
 
     Returns:
@@ -121,6 +124,12 @@ def place_trained(
         return None, ["no accelerator: all weights are in host memory already, nothing is swapped"]
     swap = _swap(memory, blocks, transfers())
     notes = [f"{_swap_note(swap, len(blocks))}; they travel back when they have changed"]
+    casts = precision.mixed != "no" and precision.trained == torch.float32
+    if casts and len(checkpointed(memory, len(blocks))) < len(blocks):
+        notes.append(
+            f"block swap: {precision.mixed} copies of weights in blocks that aren't checkpointed stay on the device "
+            "for the backward pass; --gradient_checkpointing drops them, --full_bf16 makes none"
+        )
     swapped = {id(tensor) for tensor in swap.tensors}
     for tensor in _tensors(denoiser):
         if id(tensor) not in swapped:

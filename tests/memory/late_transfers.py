@@ -16,7 +16,8 @@ class LateTransfers:
     def __init__(self):
         self.masters, self.fetched, self.ahead, self.sent = [], [], [], []
         self.device_size = self._waits = 0
-        self._under_way, self._leaving = {}, {}
+        # by slot what comes, by slot what leaves it, and by its end what is on its way home
+        self._under_way, self._leaving, self._to_the_host = {}, {}, {}
 
     def host_buffer(self, size):
         self.masters.append(torch.zeros(size, dtype=torch.uint8))
@@ -30,6 +31,7 @@ class LateTransfers:
         self._leave(slot)
         for other in [other for other, (_, home, _) in self._leaving.items() if home.data_ptr() == source.data_ptr()]:
             self._leave(other)
+        self._arrive_home(source.data_ptr())
         target.fill_(255)
         self._under_way[slot] = (source, target, self._waits)
         self.fetched.append(source)
@@ -52,12 +54,19 @@ class LateTransfers:
     def wait_home(self):
         for slot in list(self._leaving):
             self._leave(slot)
+        for address in list(self._to_the_host):
+            self._arrive_home(address)
 
     def _leave(self, slot):
         if slot in self._leaving:
             source, target, then = self._leaving.pop(slot)
             assert torch.equal(source, then), "a slot has changed while it was on its way home"
-            target.copy_(source)
+            self._to_the_host[target.data_ptr()] = (target, then)
+
+    def _arrive_home(self, address):
+        if address in self._to_the_host:
+            target, then = self._to_the_host.pop(address)
+            target.copy_(then)
 
     def turn_of(self, master):
         """The place in the ring of the block that a copy belongs to."""

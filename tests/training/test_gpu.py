@@ -205,3 +205,129 @@ def test_what_was_foreseen_is_what_the_device_counts(family, memory):
     torch.cuda.reset_peak_memory_stats()
     optimize(made.run, 1)
     assert made.forecast.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+
+
+FUSED = {"fused_backward_pass": True, "max_grad_norm": 0}
+CACHED_WHOLE = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"blocks_to_swap": 3}, id="all"),
+        pytest.param({"blocks_to_swap": 2, "gradient_checkpointing": True}, id="checkpointed"),
+        pytest.param({"blocks_to_swap": 3, "full_bf16": True, "stochastic_rounding": True}, id="rounded"),
+    ],
+)
+@pytest.mark.parametrize("family", ["full_trainer", "sana_trainer"])
+def test_trained_blocks_that_take_turns_learn_the_same(request, family, options):
+    trainer = request.getfixturevalue(family)
+    base = {**FUSED, **CACHED_WHOLE, "mixed_precision": "bf16", "optimizer_type": "AdamW8bit", "max_train_steps": 4}
+    base |= {name: value for name, value in options.items() if name != "blocks_to_swap"}
+    saving = {"save_state": True, "save_every_n_steps": 2}
+    assert trainer("plain", **base) == 0
+    assert trainer("moved", **base, **saving, blocks_to_swap=options["blocks_to_swap"]) == 0
+    state = trainer.folder / "moved" / "run-step00000002-state"
+    assert trainer("resumed", **base, blocks_to_swap=options["blocks_to_swap"], resume=state) == 0
+    assert trainer.losses("moved") == trainer.losses("plain")
+    plain = trainer.weights("plain")
+    for name in ("moved", "resumed"):
+        own = trainer.weights(name)
+        assert all(torch.equal(plain[key], own[key]) for key in plain)
+
+
+def trained_tower(count, *, width=2048, depth=16):
+    """A tower of linear layers on the device, swapped, whose weights step in the backward pass; and its trace."""
+    from torch import nn
+
+    from library.memory.block_swap import BlockSwap
+    from library.memory.transfer_trace import TransferTrace
+    from library.memory.transfers import CudaTransfers
+    from library.optimizers.one_by_one import OneByOne
+    from library.training.fused_backward import FusedBackward
+
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+    trace = TransferTrace(CudaTransfers(torch.device("cuda")))
+    swap = BlockSwap(list(blocks), count, trace)
+    parameters = list(blocks.parameters())
+    fused = FusedBackward(OneByOne(torch.optim.SGD(parameters, lr=1e-3)), parameters, list("w" * depth), swap.changed)
+    swap.settle = fused.settle
+
+    def step(number, rows=64):
+        x = torch.randn(rows, width, device="cuda", generator=torch.Generator("cuda").manual_seed(number))
+        loss = blocks(x).square().mean()
+        fused.start(number, loss, ["a"])
+        loss.backward()
+        fused.finish()
+        return loss.item()
+
+    return blocks, swap, trace, step
+
+
+def test_trained_blocks_take_no_memory_of_the_device_and_their_numbers_come_home():
+    size = 2048 * 2048 * 4
+    before = torch.cuda.memory_allocated()
+    blocks, swap, _, step = trained_tower(12)
+    losses = [step(number) for number in range(3)]
+    torch.cuda.reset_peak_memory_stats()
+    losses.append(step(3))
+    assert swap.device_bytes == 4 * size
+    # four places, at most four gradients, and what the optimizer needs for a moment
+    assert torch.cuda.max_memory_allocated() - before < 10 * size
+    weights = blocks.state_dict()
+    assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in weights.values())
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(16))).cuda()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
+    for number, expected in enumerate(losses):
+        x = torch.randn(64, 2048, device="cuda", generator=torch.Generator("cuda").manual_seed(number))
+        loss = plain(x).square().mean()
+        assert loss.item() == expected
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_optimizer_state_is_loaded_to_the_device():
+    blocks, swap, _, step = trained_tower(12)
+    step(0)
+    optimizer = torch.optim.AdamW(blocks.parameters(), lr=1e-3)
+    state = {number: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2048, 2048)} for number in range(16)}
+    with swap.stand_ins():
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    assert all(values["exp_avg"].is_cuda for values in optimizer.state.values())
+    assert all(weight.device.type == "cpu" for weight in blocks.parameters())
+
+
+def test_copies_hide_behind_computation():
+    _, swap, trace, step = trained_tower(12)
+    step(0, rows=16384)
+    trace.clear()
+    step(1, rows=16384)
+    totals = trace.totals()
+    assert totals.sent == swap.host_bytes
+    assert totals.hidden is not None and totals.hidden > 0.8
+
+
+def test_pinned_memory_is_no_larger_than_asked_for():
+    import gc
+
+    from library.memory.pinned import _forget_error, pinned_buffer
+
+    def allocated() -> int:
+        return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)  # by torch's own allocator
+
+    before, size = allocated(), (1 << 28) + 1
+    buffer = pinned_buffer(size)
+    assert buffer.is_pinned() and buffer.numel() == size
+    assert allocated() == before
+    buffer.fill_(7)
+    assert (buffer.to("cuda", non_blocking=True) == 7).all()
+    address = buffer.data_ptr()
+    del buffer
+    gc.collect()
+    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0, "it was unregistered when it went"
+    _forget_error()  # or the next kernel would be blamed for that refusal
+    assert not torch.zeros(1, device="cuda").any()

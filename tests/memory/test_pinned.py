@@ -1,0 +1,73 @@
+"""Pinned memory, by a driver that only takes notes. ``tests/training/test_gpu.py`` asks a real one."""
+
+import gc
+
+import pytest
+import torch
+
+from library.memory import pinned
+
+PAGE = 4096
+
+
+class Driver:
+    def __init__(self, code=0):
+        self.code, self.registered, self.refused = code, {}, 0
+
+    def cudaHostRegister(self, address, size, flags):
+        if self.code:
+            self.refused += 1
+        else:
+            self.registered[address] = size
+        return self.code
+
+    def cudaHostUnregister(self, address):
+        del self.registered[address]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return made
+
+
+@pytest.mark.parametrize("size", [1, PAGE, PAGE + 1, 3 * (1 << 20) + 256])
+def test_whole_pages_are_registered_and_no_more_than_needed(driver, size):
+    buffer = pinned.pinned_buffer(size)
+    assert (buffer.numel(), buffer.dtype) == (size, torch.uint8)
+    assert buffer.data_ptr() % PAGE == 0
+    assert driver.registered == {buffer.data_ptr(): -(-size // PAGE) * PAGE}
+
+
+def test_memory_is_unregistered_when_the_tensor_goes(driver):
+    buffers = [pinned.pinned_buffer(5000) for _ in range(3)]
+    view = buffers[1][100:200].view(torch.float32)
+    del buffers[1]
+    gc.collect()
+    assert set(driver.registered) == {buffer.data_ptr() for buffer in buffers}
+    view.fill_(1.0)  # it is ordinary memory now, and there still
+    del buffers
+    gc.collect()
+    assert driver.registered == {}
+
+
+def test_nothing_is_registered_for_nothing(driver):
+    assert pinned.pinned_buffer(0).numel() == 0
+    assert driver.registered == {}
+
+
+def test_torch_pins_what_the_driver_refuses(driver, monkeypatch, caplog):
+    driver.code, asked, forgotten, empty = 2, [], [], torch.empty
+
+    def note(*arguments, pin_memory=False, **rest):
+        asked.append(pin_memory)
+        return empty(*arguments, **rest)
+
+    monkeypatch.setattr(pinned.torch, "empty", note)
+    monkeypatch.setattr(pinned, "_forget_error", lambda: forgotten.append(True))
+    assert pinned.pinned_buffer(5000).numel() == 5000
+    assert driver.refused == 1 and asked[-1] is True and forgotten
+    assert "CUDA error 2" in caplog.text
