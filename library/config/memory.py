@@ -44,6 +44,11 @@ class MemoryConfig:
     gradient_checkpointing_interval: int = option(
         1, "Checkpoint every n-th block only: a higher n takes more memory and less time.", minimum=1
     )
+    gradient_checkpointing_keep_attention: bool = option(
+        False,
+        "With --gradient_checkpointing: keep what attention answers, and compute only the rest again. Attention is the "
+        "dear part of many tokens; a block keeps one more tensor for it. The results are the same.",
+    )
     fused_backward_pass: bool = option(
         False,
         "Step each weight as soon as its gradient is there and free the gradient, so that only a few exist at a time: "
@@ -95,6 +100,10 @@ class MemoryConfig:
             problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
         if self.gradient_checkpointing_interval != 1 and not self.gradient_checkpointing:
             problems.append("--gradient_checkpointing_interval does nothing without --gradient_checkpointing; add it")
+        if self.gradient_checkpointing_keep_attention and not self.gradient_checkpointing:
+            problems.append(
+                "--gradient_checkpointing_keep_attention does nothing without --gradient_checkpointing; add it"
+            )
         if problems:
             raise ConfigError("\n".join(problems))
 

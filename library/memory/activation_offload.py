@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 _SMALLEST = 1 << 14  # bytes; below, the way takes longer than the memory is worth
 
@@ -35,10 +34,11 @@ class ActivationOffload:
 
     Args:
         stash: Keeps the inputs.
+        checkpoint: Runs a function of a block's inputs so that it keeps less.
     """
 
-    def __init__(self, stash: Stash):
-        self._stash = stash
+    def __init__(self, stash: Stash, checkpoint: Callable[..., Any]):
+        self._stash, self._checkpoint = stash, checkpoint
         # Weak, because a graph may be dropped without a backward pass, and its inputs with it.
         self._waiting: list[weakref.ref[_Inputs]] = []
 
@@ -46,7 +46,7 @@ class ActivationOffload:
         """The block's answer; its gradients are those of ``torch.utils.checkpoint`` without reentrance."""
         inputs = _Inputs(self._stash, args, kwargs, self._last())
         self._waiting.append(weakref.ref(inputs))
-        return checkpoint(self._pass, forward, inputs, use_reentrant=False)
+        return self._checkpoint(self._pass, forward, inputs)
 
     def _pass(self, forward: Callable[..., Any], inputs: "_Inputs") -> Any:
         if inputs.given is not None:

@@ -6,13 +6,37 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from library.memory.activation_offload import ActivationOffload
+Checkpoint = Callable[..., Any]
+"""``(forward, *args) -> answer``: runs a block so that it keeps less."""
+
+_ATTENTION = (
+    "aten::_scaled_dot_product_",  # torch's kernels: flash, efficient, cuDNN, and the CPU's
+    "flash_attn::",
+    "flash_attn_3::",
+    "xformers",
+)
 
 
-def enable_checkpointing(blocks: Sequence[nn.Module], interval: int, offload: ActivationOffload | None = None) -> None:
-    """This makes every ``interval``-th block keep its inputs only (Chen et al. 2016, arXiv:1604.06174).
+def recompute_all(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block that keeps its inputs only (Chen et al. 2016, arXiv:1604.06174)."""
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def recompute_all_but_attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block that keeps its inputs and what its attention answers: all else is computed again."""
+    contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_attention = isinstance(operator, torch._ops.OpOverload) and operator.name().startswith(_ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def enable_checkpointing(blocks: Sequence[nn.Module], interval: int, run: Checkpoint = recompute_all) -> None:
+    """This makes every ``interval``-th block keep as little as ``run`` does.
 
     Each block's ``forward`` is wrapped on the instance, so modules, hooks and state-dict keys stay. The wrapper acts
     whenever gradients are enabled, whatever needs them: inputs, weights or an adapter inside. Hooks on the block itself
@@ -22,7 +46,7 @@ def enable_checkpointing(blocks: Sequence[nn.Module], interval: int, offload: Ac
     Args:
         blocks: The model's blocks in forward order.
         interval: Blocks 0, n, 2n, ... are checkpointed; 1 means all.
-        offload: Where their inputs wait for the backward pass; None: on the device.
+        run: How they are run.
 
     Raises:
         ValueError: The interval is not positive, or a block is checkpointed already.
@@ -33,7 +57,6 @@ def enable_checkpointing(blocks: Sequence[nn.Module], interval: int, offload: Ac
         if getattr(block.forward, "func", None) is _checkpointed:
             raise ValueError(f"a {type(block).__name__} is checkpointed already; enable checkpointing once")
         # A partial over a bound method, unlike a closure, follows the block through deepcopy and pickle.
-        run = partial(checkpoint, use_reentrant=False) if offload is None else offload.run
         block.forward = partial(_checkpointed, run, block.forward)  # type: ignore[method-assign]
 
 

@@ -69,15 +69,16 @@ def optimize(run: Run, step: int) -> None:
         norm = finish_gradients(run)
     except NonFiniteLoss as error:  # of fused backward, which looks at each gradient
         refused, norm = error, torch.tensor(math.nan)
-    asked = [run.stopper.exit_code == code for code in STOP_CODES]
-    of_process = torch.tensor(asked, device=run.device, dtype=sums.dtype)
-    infinite = (~norm.isfinite()).to(sums).reshape(1)
-    sums = torch.cat([sums, of_process, infinite])
-    loss, *others, infinite_norms = run.accelerator.reduce(sums, reduction="sum").tolist()
+    asked = torch.tensor([run.stopper.exit_code == code for code in STOP_CODES], dtype=sums.dtype)
+    norm = norm.to(sums, non_blocking=True).reshape(1)
+    sums = torch.cat([sums, asked.to(run.device, non_blocking=True), ~norm.isfinite()])
+    sums = run.accelerator.reduce(sums, reduction="sum")
+    # The one moment of a step in which the host waits for the device: no weight may follow a number that is none.
+    loss, *others, infinite_norms, own_norm = torch.cat([sums, norm]).tolist()
     of_kinds, asking = others[:4], others[4:]
     run.stop_code = next((code for code, processes in zip(STOP_CODES, asking) if processes), 0)
     rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
-    run.step_numbers = {"loss": loss, "gradient_norm": norm.item()}
+    run.step_numbers = {"loss": loss, "gradient_norm": own_norm}
     for name, total, count in zip(("loss/regularisation", "loss/prior"), of_kinds[::2], of_kinds[1::2]):
         if count:
             run.step_numbers[name] = total / count

@@ -12,7 +12,12 @@ from library.config.memory import MemoryConfig
 from library.families.protocols import ModelFamily
 from library.memory.activation_offload import ActivationOffload, Stash
 from library.memory.block_swap import BlockSwap
-from library.memory.checkpointing import enable_checkpointing
+from library.memory.checkpointing import (
+    Checkpoint,
+    enable_checkpointing,
+    recompute_all,
+    recompute_all_but_attention,
+)
 from library.memory.modulation import StreamedModulation
 from library.memory.quantization import FORMATS, quantize_blocks
 from library.memory.transfers import CudaStash, CudaTransfers, Transfers
@@ -197,13 +202,15 @@ def save_activations(
     """Let blocks forget activations, as the options say; returns what was decided, one line each."""
     if not memory.gradient_checkpointing:
         return []
-    offload, notes = None, []
+    run: Checkpoint = recompute_all_but_attention if memory.gradient_checkpointing_keep_attention else recompute_all
+    notes = []
     if memory.cpu_offload_checkpointing:
         stash = stash_for(device) if carriers is None else carriers.stash
-        offload = ActivationOffload(stash) if stash is not None else None
         if stash is None:
             notes.append("no accelerator: checkpoints are in host memory already, none is moved")
-    enable_checkpointing(blocks, memory.gradient_checkpointing_interval, offload)
+        else:
+            run = ActivationOffload(stash, run).run
+    enable_checkpointing(blocks, memory.gradient_checkpointing_interval, run)
     return notes
 
 

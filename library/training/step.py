@@ -39,7 +39,7 @@ def training_loss(run: StepRun, batch: Batch, *, step_samples: int) -> MicroBatc
     noised, text = _question(run, batch)
     target = None
     if teacher is not None:
-        rows = torch.tensor(taught, device=teacher.device)
+        rows = torch.tensor(taught).to(teacher.device, non_blocking=True)
         target = run.family.objective.target(noised).index_copy(0, rows, teacher)
     per_sample = _per_sample(run, batch, noised, text, target)
     return MicroBatchLoss((per_sample * batch.loss_weight).sum() / step_samples, per_sample.detach())
@@ -122,7 +122,7 @@ def _question(run: StepRun, batch: Batch) -> tuple[NoisedLatents, TensorRecord]:
 def _noised(run: StepRun, batch: Batch, uniform: Tensor) -> NoisedLatents:
     """The noised latents at the quantiles ``uniform`` (B,) of the noise levels."""
     objective, tokens = run.family.objective, run.family.latents.format.tokens(batch.resolution)
-    sigma = objective.sigmas(uniform, tokens=tokens).to(run.device)  # (B,)
+    sigma = objective.sigmas(uniform, tokens=tokens).to(run.device, non_blocking=True)  # (B,)
     return objective.add_noise(clean_latents(run, batch), batch.noise, sigma)
 
 

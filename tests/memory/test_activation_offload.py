@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from library.memory.activation_offload import ActivationOffload
-from library.memory.checkpointing import enable_checkpointing
+from library.memory.checkpointing import enable_checkpointing, recompute_all, recompute_all_but_attention
 
 DEPTH, TOKENS, WIDTH = 5, 128, 64
 
@@ -65,13 +65,14 @@ def step(model):
     return [answer.detach(), *(parameter.grad.clone() for parameter in model.parameters())], alive
 
 
+@pytest.mark.parametrize("checkpoint", [recompute_all, recompute_all_but_attention])
 @pytest.mark.parametrize("interval", [1, 2])
-def test_gradients_are_those_of_checkpointing_and_inputs_leave(interval):
+def test_gradients_are_those_of_checkpointing_and_inputs_leave(interval, checkpoint):
     plain = Tower()
     model = copy.deepcopy(plain)
     enable_checkpointing(list(plain.blocks), interval)
     stash = HostStash()
-    enable_checkpointing(list(model.blocks), interval, ActivationOffload(stash))
+    enable_checkpointing(list(model.blocks), interval, ActivationOffload(stash, checkpoint).run)
     for _ in range(2):
         (expected, kept), (own, alive) = step(plain), step(model)
         assert all(map(torch.equal, own, expected))
@@ -87,7 +88,7 @@ def test_gradients_are_those_of_checkpointing_and_inputs_leave(interval):
 
 def test_looking_alone_keeps_nothing():
     model, stash = Tower(), HostStash()
-    enable_checkpointing(list(model.blocks), 1, ActivationOffload(stash))
+    enable_checkpointing(list(model.blocks), 1, ActivationOffload(stash, recompute_all).run)
     with torch.no_grad():
         model(torch.rand(1, TOKENS, WIDTH))
     assert not stash.kept
@@ -96,8 +97,8 @@ def test_looking_alone_keeps_nothing():
 def test_a_pass_without_backward_is_forgotten():
     model, stash = Tower(), HostStash()
     plain = copy.deepcopy(model)
-    offload = ActivationOffload(stash)
-    enable_checkpointing(list(model.blocks), 1, offload)
+    offload = ActivationOffload(stash, recompute_all)
+    enable_checkpointing(list(model.blocks), 1, offload.run)
     model(torch.rand(1, TOKENS, WIDTH))
     assert all(map(torch.equal, step(model)[0], step(plain)[0]))
     assert not offload._waiting

@@ -3,9 +3,11 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.memory.checkpointing import enable_checkpointing
+from library.memory.checkpointing import enable_checkpointing, recompute_all, recompute_all_but_attention
 
 DEPTH = 6
 
@@ -173,6 +175,57 @@ def test_autocast_is_the_same_in_the_recomputation():
         assert dtypes == [torch.bfloat16] * (1 + checkpointed)
         results.append([parameter.grad for parameter in tower.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x).view(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("trained", ["weights", "adapter"])
+def test_kept_attention_is_computed_once_and_gradients_are_bit_equal(trained, masked):
+    mask = torch.tensor([True, True, False, True, True]).expand(3, 1, 5, 5) if masked else None
+    gradients, attentions, products = [], [], []
+    for run in (None, recompute_all, recompute_all_but_attention):
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(AttentionBlock() for _ in range(2))
+        parameters = list(blocks.parameters())
+        if trained == "adapter":
+            blocks.requires_grad_(False)
+            parameters = [parameter for block in blocks for parameter in patch_in_adapter(block.qkv)]
+        if run is not None:
+            enable_checkpointing(blocks, 1, run)
+        x = torch.randn(3, 5, 8)
+        with Operators() as operators:
+            for block in blocks:
+                x = block(x, mask)
+            x.square().sum().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+        attentions.append(sum("flash_attention_for_cpu" in name and "back" not in name for name in operators.names))
+        products.append(sum(name == "aten::addmm" for name in operators.names))
+    assert attentions == [2, 4, 2]
+    assert products[0] < products[2] <= products[1]
+    for own in gradients[1:]:
+        assert all(torch.equal(*pair) and pair[0].any() for pair in zip(own, gradients[0]))
 
 
 def test_an_interval_below_one_and_a_second_call_are_refused():

@@ -331,3 +331,25 @@ def test_pinned_memory_is_no_larger_than_asked_for():
     assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0, "it was unregistered when it went"
     _forget_error()  # or the next kernel would be blamed for that refusal
     assert not torch.zeros(1, device="cuda").any()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "mixed_precision": "bf16"}])
+def test_the_host_waits_for_the_device_once_a_step(trainer, options):
+    import warnings
+
+    from library.training.loop import optimize
+
+    def act(run):
+        run.trainable.train()
+        optimize(run, 0)  # the optimizer's state is made
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimize(run, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+
+    options = {**CACHED, "max_train_steps": 2, "gradient_accumulation_steps": 2, **options}
+    assert len(trainer.with_run("out", act, **options)) == 1

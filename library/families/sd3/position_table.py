@@ -63,7 +63,7 @@ def crop(table: Tensor, height: int, width: int, offsets: Tensor | None = None) 
     if offsets is None:
         top, left = centre_offset(size, height, width)
         return grid[top : top + height, left : left + width].reshape(1, height * width, -1)
-    rows, columns = _window(height, width, offsets.to(table.device))
+    rows, columns = _window(height, width, offsets.to(table.device, non_blocking=True))
     return rearrange(grid[rows[:, :, None], columns[:, None, :]], "b h w d -> b (h w) d")
 
 
@@ -150,7 +150,7 @@ def scaled_table(
     _check_window(size, height, width, offsets)
     if offsets is None:
         offsets = torch.tensor([centre_offset(size, height, width)])
-    rows, columns = _window(height, width, offsets.to(device))
+    rows, columns = _window(height, width, offsets.to(device, non_blocking=True))
     first = (size - side) / 2
     unit = SCALED_BASE_SIZE / side
     return _grid((rows - first) * unit, (columns - first) * unit, channels)

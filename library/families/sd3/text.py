@@ -175,7 +175,7 @@ class Sd3TextStrategy:
         captions in training and empty prompts in samples alike.
         """
         assert isinstance(text, Sd3Text)
-        dropped = dropped.to(text.clip.device)
+        dropped = dropped.to(text.clip.device, non_blocking=True)
         if self.options.sd3_clip_uncond_behaviour == "zero":
             text = dataclasses.replace(text, clip=_zeroed(text.clip, dropped), pooled=_zeroed(text.pooled, dropped))
         if self.options.sd3_t5_uncond_behaviour == "zero" and text.t5 is not None:
@@ -226,13 +226,16 @@ def drop_encoders(text: Sd3Text, *, clip_l_width: int, clip_l: Tensor, clip_g: T
     shares = [(slice(None, clip_l_width), clip_l), (slice(clip_l_width, None), clip_g)]
 
     def without(features: Tensor) -> Tensor:
-        return torch.cat([_zeroed(features[..., share], rows.to(features.device)) for share, rows in shares], dim=-1)
+        return torch.cat(
+            [_zeroed(features[..., share], rows.to(features.device, non_blocking=True)) for share, rows in shares],
+            dim=-1,
+        )
 
     return dataclasses.replace(
         text,
         clip=without(text.clip),
         pooled=without(text.pooled),
-        t5=None if text.t5 is None else _zeroed(text.t5, t5.to(text.t5.device)),
+        t5=None if text.t5 is None else _zeroed(text.t5, t5.to(text.t5.device, non_blocking=True)),
     )
 
 
