@@ -54,7 +54,7 @@ def table(blocks: int, *, full: bool) -> Iterator[dict[str, Any]]:
         recompute,
         {**recompute, "gradient_checkpointing_interval": 2},
         {**recompute, "cpu_offload_checkpointing": True},
-        {**recompute, "selective_checkpointing": True},
+        {**recompute, "gradient_checkpointing_keep_attention": True},
         {**fused, "blocks_to_swap": blocks // 2},
         {**fused, "blocks_to_swap": blocks},
         {**recompute, **fused, "blocks_to_swap": blocks // 2},

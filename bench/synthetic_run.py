@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -242,7 +243,7 @@ def _config(setting: Setting, folder: str) -> RunConfig:
         enable_bucket=False,
         subsets=(SubsetConfig(image_dir=folder),),
     )
-    clipping = {"max_grad_norm": 0.0} if setting.memory.fused_backward_pass else {}
+    clipping: dict[str, Any] = {"max_grad_norm": 0.0} if setting.memory.fused_backward_pass else {}
     rank = setting.rank
     network = None
     if rank is not None:

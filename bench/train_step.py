@@ -239,8 +239,8 @@ def main() -> int:
         memories = list(table(block_count(family, options.size), full=options.full))
     rows = measure_all(setting, memories, steps=options.steps, warmup=options.warmup, plain=options.plain)
     on_gpu = torch.cuda.is_available()
-    done = next((row for row in rows if "failed" not in row), {})
-    facts = {
+    done: dict[str, Any] = next((row for row in rows if "failed" not in row), {})
+    facts: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -19,10 +19,15 @@ _RECOMPUTED: tuple[Mapping[str, Any], ...] = (
     {"gradient_checkpointing": False},
     {"gradient_checkpointing": True, "gradient_checkpointing_interval": 4},
     {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2},
+    {"gradient_checkpointing": True, "gradient_checkpointing_keep_attention": True},
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
 )
-_DEFAULTS = {"gradient_checkpointing_interval": 1, "cpu_offload_checkpointing": False}
+_DEFAULTS = {
+    "gradient_checkpointing_interval": 1,
+    "gradient_checkpointing_keep_attention": False,
+    "cpu_offload_checkpointing": False,
+}
 
 # These change results, so that they are a last resort: the finer first.
 _PRECISIONS = ("int8", "fp8", "nf4")

@@ -303,7 +303,9 @@ class _Accelerator:
 def _uncompiled(memory: MemoryConfig) -> MemoryConfig:
     """The options without compilation, which needs numbers; compiled blocks keep no more than these."""
     compilation = {"torch_compile", "dynamo_backend", "compile_dynamic"}
-    fields = {field.name: field.default for field in dataclasses.fields(memory) if field.name in compilation}
+    fields: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(memory) if field.name in compilation
+    }
     return dataclasses.replace(memory, **fields)
 
 

@@ -30,11 +30,9 @@ def test_what_is_no_count(value):
 
 
 def test_options_are_read_from_words_and_files():
-    for typed, from_file in (
-        ({"blocks_to_swap": ["7"], "fit": ["12GiB"]}, {}),
-        ({}, {"blocks_to_swap": 7, "fit": "12GiB"}),
-    ):
-        memory = build({"memory": MemoryConfig}, typed, from_file).groups["memory"]
+    typed, from_file = {"blocks_to_swap": ["7"], "fit": ["12GiB"]}, {"blocks_to_swap": 7, "fit": "12GiB"}
+    for given in ((typed, {}), ({}, from_file)):
+        memory = build({"memory": MemoryConfig}, *given).groups["memory"]
         assert (memory.blocks_to_swap, memory.fit, memory.swaps_automatically) == (7, "12GiB", False)
     assert build({"memory": MemoryConfig}, {"blocks_to_swap": ["auto"]}).groups["memory"].swaps_automatically
     problems = build({"memory": MemoryConfig}, {"fit": ["12"]}).problems

@@ -53,7 +53,7 @@ def test_with_room_enough_nothing_is_changed():
 
 def test_more_memory_is_never_slower_and_everything_fits():
     times = []
-    for budget in range(200, 3400, 50):
+    for budget in range(200, 3400, 100):
         try:
             found = picked(budget)
         except ConfigError:
@@ -62,7 +62,7 @@ def test_more_memory_is_never_slower_and_everything_fits():
         assert found.forecast.peak <= budget
         if "base_model_precision" not in found.values:
             times.append(found.seconds)
-    assert len(times) > 50 and times == sorted(times, reverse=True)
+    assert len(times) > 25 and times == sorted(times, reverse=True)
 
 
 def test_swapping_that_costs_nothing_goes_before_computing_again():
@@ -71,7 +71,7 @@ def test_swapping_that_costs_nothing_goes_before_computing_again():
 
 
 def test_the_fewest_blocks_are_swapped():
-    for budget in range(250, 2000, 130):
+    for budget in range(250, 2000, 350):
         for count in range(BLOCKS + 1):
             if foresee(config(gradient_checkpointing=True, blocks_to_swap=count)).peak <= budget:
                 break

@@ -241,26 +241,30 @@ def test_swapped_blocks_take_no_memory_of_the_device():
     assert torch.cuda.max_memory_allocated() - before < 4 * size
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "mixed_precision": "bf16"}])
-def test_the_host_waits_for_the_device_once_a_step(trainer, options):
-    import warnings
-
+@pytest.mark.parametrize("family", ["sd3.5-medium", "sana-0.6b"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"gradient_checkpointing": True}, id="recomputed"),
+        pytest.param({"gradient_checkpointing": True, "blocks_to_swap": 12}, id="swapped"),
+        pytest.param({"base_model_precision": "int8"}, id="int8"),
+    ],
+)
+def test_what_was_foreseen_is_what_the_device_counts(family, memory):
+    from bench.synthetic_run import Setting, family_of, make_run
+    from library.config.memory import MemoryConfig
+    from library.memory.allocations import Allocations
+    from library.memory.plain_transfers import Traffic
     from library.training.loop import optimize
 
-    def act(run):
-        run.trainable.train()
-        optimize(run, 0)  # the optimizer's state is made
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                optimize(run, 1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return [str(one.message) for one in caught if "synchroniz" in str(one.message)]
-
-    options = {**CACHED, "max_train_steps": 2, "gradient_accumulation_steps": 2, **options}
-    assert len(trainer.with_run("out", act, **options)) == 1
+    setting = Setting(family_of(family), family, 512, 2, 16, "bf16", MemoryConfig(**memory))
+    before = torch.cuda.memory_allocated()
+    made = make_run(setting, Allocations("cuda"), Traffic())
+    optimize(made.run, 0)
+    torch.cuda.reset_peak_memory_stats()
+    optimize(made.run, 1)
+    assert made.forecast.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
 
 
 FUSED = {"fused_backward_pass": True, "max_grad_norm": 0}
@@ -387,3 +391,25 @@ def test_pinned_memory_is_no_larger_than_asked_for():
     assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0, "it was unregistered when it went"
     _forget_error()  # or the next kernel would be blamed for that refusal
     assert not torch.zeros(1, device="cuda").any()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "mixed_precision": "bf16"}])
+def test_the_host_waits_for_the_device_once_a_step(trainer, options):
+    import warnings
+
+    from library.training.loop import optimize
+
+    def act(run):
+        run.trainable.train()
+        optimize(run, 0)  # the optimizer's state is made
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimize(run, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+
+    options = {**CACHED, "max_train_steps": 2, "gradient_accumulation_steps": 2, **options}
+    assert len(trainer.with_run("out", act, **options)) == 1

@@ -16,6 +16,7 @@ ADAPTER = {
     "plain": {},
     "recomputed": RECOMPUTE,
     "every second": {**RECOMPUTE, "gradient_checkpointing_interval": 2},
+    "attention kept": {**RECOMPUTE, "gradient_checkpointing_keep_attention": True},
     "swapped": {"blocks_to_swap": 4},
     "swapped, recomputed, offloaded": {"blocks_to_swap": 2, **RECOMPUTE, "cpu_offload_checkpointing": True},
     "int8": {"base_model_precision": "int8"},
@@ -63,7 +64,7 @@ def check(setting):
     ("family", "name"),
     [
         *[("sana", name) for name in ADAPTER],
-        *[("sd3", name) for name in ("plain", "swapped, recomputed, offloaded", "int8")],
+        *[("sd3", name) for name in ("attention kept", "plain", "swapped, recomputed, offloaded", "int8")],
     ],
 )
 def test_an_adapters_step_is_foreseen(family, name):
