@@ -6,6 +6,7 @@ ordinary memory is registered with the driver, page by page, and unregistered wh
 
 import contextlib
 import logging
+import os
 import weakref
 
 import torch
@@ -41,11 +42,13 @@ def pinned_buffer(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     buffer = pages[:size]
     # The finalizer holds what lies under the pages: they are unregistered before they can be freed.
-    weakref.finalize(buffer, _unregister, address, room).atexit = False
+    weakref.finalize(buffer, _unregister, address, room, os.getpid()).atexit = False
     return buffer
 
 
-def _unregister(address: int, _room: Tensor) -> None:
+def _unregister(address: int, _room: Tensor, owner: int) -> None:
+    if os.getpid() != owner:  # a forked worker drops its copy, and may not speak to the driver
+        return
     torch.cuda.synchronize()  # a copy may be under way
     torch.cuda.cudart().cudaHostUnregister(address)
 

@@ -54,6 +54,14 @@ def test_memory_is_unregistered_when_the_tensor_goes(driver):
     assert driver.registered == {}
 
 
+def test_a_forked_process_leaves_the_registration_alone(driver, monkeypatch):
+    buffer = pinned.pinned_buffer(5000)
+    monkeypatch.setattr(pinned.os, "getpid", lambda: -1)
+    del buffer
+    gc.collect()
+    assert len(driver.registered) == 1
+
+
 def test_nothing_is_registered_for_nothing(driver):
     assert pinned.pinned_buffer(0).numel() == 0
     assert driver.registered == {}
