@@ -30,7 +30,7 @@ def check_encoder_precision(memory: MemoryConfig, family: ModelFamily, trained: 
         if number <= len(names) and names[number - 1] in trained:
             problems.append(
                 f"{option} {chosen} is for a text encoder that stays as it is, and {names[number - 1]} is trained; "
-                "train the denoiser alone (--network_train_unet_only), or remove it"
+                "train the denoiser alone, or remove it"
             )
     if problems:
         raise ConfigError("\n".join(problems))
