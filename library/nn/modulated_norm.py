@@ -4,6 +4,7 @@ Under torch.compile these are plain expressions, which it fuses itself.
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -67,18 +68,16 @@ class _ModulatedNorms(torch.autograd.Function):
         ctx.eps, ctx.kernel = eps, _has_kernel(x, *vectors)
         ctx.shift_types = [shift.dtype for shift in shifts]
         if ctx.kernel:
-            from library.nn import modulated_norm_kernel as kernel
-
             results = [
-                kernel.forward(x, shift, scale, eps, _result_dtype(x, shift, scale))
+                _kernel().forward(x, shift, scale, eps, _result_dtype(x, shift, scale))
                 for shift, scale in zip(shifts, scales)
             ]
             answers, (_, mean, rstd) = [answer for answer, _, _ in results], results[0]
         else:
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
             ctx.dtype = normed.dtype
-            *first, last = [_modulate(normed, *pair, last=pair[1] is scales[-1]) for pair in zip(shifts, scales)]
-            answers = [*first, last]
+            *first, last = zip(shifts, scales)
+            answers = [*(_modulate(normed, *pair, last=False) for pair in first), _modulate(normed, *last, last=True)]
         ctx.save_for_backward(x, mean, rstd, *scales)
         return tuple(answers)
 
@@ -89,12 +88,10 @@ class _ModulatedNorms(torch.autograd.Function):
         x, mean, rstd, *scales = ctx.saved_tensors
         needs_x, _, *needed = ctx.needs_input_grad
         if ctx.kernel:
-            from library.nn import modulated_norm_kernel as kernel
-
             of_x, of_vectors = None, []
             for number, (gradient, scale) in enumerate(zip(gradients, scales)):
                 needs = needed[2 * number : 2 * number + 2]
-                own, of_shift, of_scale = kernel.backward(gradient, x, scale, mean, rstd, vectors=any(needs))
+                own, of_shift, of_scale = _kernel().backward(gradient, x, scale, mean, rstd, vectors=any(needs))
                 of_x = own if of_x is None else of_x + own
                 of_vectors += [
                     of_shift.to(ctx.shift_types[number]) if needs[0] else None,
@@ -102,7 +99,7 @@ class _ModulatedNorms(torch.autograd.Function):
                 ]
             return of_x if needs_x else None, None, *of_vectors
         computed, shape = x.to(ctx.dtype), x.shape[-1:]
-        normed = torch.native_layer_norm(computed, shape, None, None, ctx.eps)[0] if any(needed[1::2]) else None
+        normed: Any = torch.native_layer_norm(computed, shape, None, None, ctx.eps)[0] if any(needed[1::2]) else None
         of_normed, of_vectors = None, []
         for gradient, scale, dtype, needs_shift, needs_scale in zip(
             gradients, scales, ctx.shift_types, needed[::2], needed[1::2]
@@ -146,23 +143,27 @@ def _has_kernel(x: Tensor, *vectors: Tensor) -> bool:
     )
 
 
+def _kernel() -> Any:
+    """The module that imports triton, where it is needed."""
+    return importlib.import_module("library.nn.modulated_norm_kernel")
+
+
 @functools.cache
 def kernel_works(device: torch.device) -> bool:
     """Whether the kernel runs on a device and answers what the plain expression does; if not, the log says so once."""
     if importlib.util.find_spec("triton") is None:
         log.info("triton isn't installed: norms run in torch's own kernels")
         return False
-    from library.nn import modulated_norm_kernel as kernel
-
     generator = torch.Generator(device).manual_seed(0)
     x, gradient = (torch.randn(2, 3, 80, generator=generator, device=device) for _ in range(2))
     shift, scale = (torch.randn(2, 1, 80, generator=generator, device=device) for _ in range(2))
     try:
+        kernel = _kernel()
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             answer, mean, rstd = kernel.forward(x, shift, scale, 1e-6, torch.float32)
             ours = (answer, *kernel.backward(gradient, x, scale, mean, rstd, vectors=True))
             inputs = [tensor.requires_grad_() for tensor in (x, shift, scale)]
-            expected = plain_modulated_norm(*inputs, 1e-6)
+            expected = plain_modulated_norm(x, shift, scale, 1e-6)
             theirs = (expected, *torch.autograd.grad(expected, inputs, gradient))
         wrong = [not torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(ours, theirs)]
         reason = "its numbers are wrong" if any(wrong) else None

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from library.nn.attention import TORCH_KERNELS, attention_function
+from library.nn.modulated_norm import kernel_works
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
@@ -25,6 +28,8 @@ def losses_on_the_host(trainer, monkeypatch) -> dict[int, float]:
         pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, 0.1, id="checkpointing"),
         pytest.param({"optimizer_type": "AdamW8bit"}, 0.1, id="8-bit"),
         pytest.param({"max_data_loader_n_workers": 2}, 1e-2, id="pinned memory"),
+        pytest.param({"mixed_precision": "bf16", "torch_compile": True}, 0.1, id="compiled"),
+        pytest.param({"mixed_precision": "bf16", "attn_mode": "auto"}, 0.1, id="measured attention"),
     ],
 )
 def test_a_gpu_takes_the_steps_that_the_host_takes(trainer, monkeypatch, options, tolerance):
@@ -413,3 +418,19 @@ def test_the_host_waits_for_the_device_once_a_step(trainer, options):
 
     options = {**CACHED, "max_train_steps": 2, "gradient_accumulation_steps": 2, **options}
     assert len(trainer.with_run("out", act, **options)) == 1
+
+
+def test_the_norms_kernel_works_here():
+    assert kernel_works(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("name", TORCH_KERNELS)
+def test_torchs_kernels_are_near_exact_attention(name):
+    tensors = [torch.randn(2, 3, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    answer = attention_function(name)(*tensors)
+    exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    expected = (exact[0] @ exact[1].mT / 8).softmax(-1) @ exact[2]
+    for one, other in zip(
+        (answer, *torch.autograd.grad(answer.sum(), tensors)), (expected, *torch.autograd.grad(expected.sum(), exact))
+    ):
+        assert (one.float() - other).norm() < 0.02 * other.norm() + 1e-3
