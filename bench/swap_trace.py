@@ -8,25 +8,29 @@ the host at once, and what is shown is their order and what is resident.
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.synthetic_run import family_of, make_run
-from library.config.memory import MemoryConfig
+from bench.synthetic_run import family_of
+from library.config.network import NetworkConfig
 from library.families import FAMILIES
 from library.memory.block_swap import BlockSwap
 from library.memory.checkpointing import enable_checkpointing
 from library.memory.transfer_trace import TransferTrace, Turn
 from library.memory.transfers import CudaTransfers, Transfers
-from library.training.loop import optimize
-from library.training.run import Run
-from library.training.updates import prepare_updates
+from library.optimizers.one_by_one import OneByOne
+from library.records import NoisedLatents
+from library.training.fused_backward import FusedBackward
+from networks.lora import inject
+from networks.settings import read_settings
 
 _MIB = 1 << 20
 
@@ -57,21 +61,87 @@ class HostTransfers:
         """See ``Transfers``."""
 
 
-def swap_blocks(run: Run, count: int, *, checkpointing: bool) -> tuple[BlockSwap, TransferTrace]:
-    """Let blocks of a run's denoiser take turns, as placing does, and write down what happens."""
-    blocks = list(run.family.blocks(run.denoiser))
-    inner: Transfers = CudaTransfers(run.device) if run.device.type == "cuda" else HostTransfers()
-    trace = TransferTrace(inner)
-    swap = BlockSwap(blocks, count, trace, checkpointed=range(len(blocks)) if checkpointing else ())
-    if checkpointing:
+@dataclass(frozen=True)
+class Traced:
+    """A model that trains on random numbers, its blocks swapped.
+
+    Attributes:
+        step: Does one optimizer step.
+        blocks: Of the model.
+        swap: What takes them to and fro.
+        trace: What it did.
+    """
+
+    step: Callable[[], None]
+    blocks: int
+    swap: BlockSwap
+    trace: TransferTrace
+
+
+def traced(family_name: str, options: argparse.Namespace, device: torch.device) -> Traced:
+    """The model at ``--size`` with an adapter, or with ``--full`` trained whole by AdamW in the backward pass.
+
+    Raises:
+        ValueError: It has fewer blocks than are to be swapped.
+    """
+    synthetic = import_module(f"{FAMILIES[family_name]}.synthetic")
+    family = synthetic.synthetic_family(options.size)
+    mixed = options.precision == "bf16"
+    dtype = torch.bfloat16 if mixed and not options.full else torch.float32
+    denoiser: nn.Module = synthetic.synthetic_denoiser(options.size, device=device, dtype=dtype)
+    denoiser.requires_grad_(options.full)
+    blocks = list(family.blocks(denoiser))
+    trace = TransferTrace(_transfers(device))
+    checkpointed = range(len(blocks)) if options.checkpointing else ()
+    swap = BlockSwap(blocks, options.blocks_to_swap, trace, checkpointed=checkpointed)
+    if options.checkpointing:
         enable_checkpointing(blocks, 1)
-    if swap.trained:
-        fused = MemoryConfig(blocks_to_swap=count, gradient_checkpointing=checkpointing, fused_backward_pass=True)
-        unclipped = dataclasses.replace(run.config.optimizer, max_grad_norm=0.0)
-        run.config = dataclasses.replace(run.config, memory=fused, optimizer=unclipped)
-        run.swap = swap
-        prepare_updates(run)
-    return swap, trace
+    update = _whole(denoiser, swap) if options.full else _adapter(family, denoiser, options.rank, device)
+    latents = family.latents.format
+    shape = (options.batch_size, latents.channels, *(side // latents.stride for side in (options.resolution,) * 2))
+    noise = torch.randn(shape, device=device)
+    noised = NoisedLatents(x_t=noise, sigma=torch.full((options.batch_size,), 0.5, device=device))
+    text = synthetic.synthetic_text(options.size, options.batch_size, device=device, dtype=dtype)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            prediction = family.predict(denoiser, noised, text)
+        update((prediction.float() - noise).square().mean())
+
+    return Traced(step, len(blocks), swap, trace)
+
+
+def _transfers(device: torch.device) -> Transfers:
+    return CudaTransfers(device) if device.type == "cuda" else HostTransfers()
+
+
+def _whole(denoiser: nn.Module, swap: BlockSwap) -> Callable[[Tensor], None]:
+    """Goes backward from a loss, all weights stepping on the way."""
+    names, parameters = zip(*denoiser.named_parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    fused = FusedBackward(OneByOne(optimizer), parameters, names, swap.changed)
+    swap.settle = fused.settle
+
+    def update(loss: Tensor) -> None:
+        fused.start(0, loss, ())
+        loss.backward()
+        fused.finish()
+
+    return update
+
+
+def _adapter(family: Any, denoiser: nn.Module, rank: int, device: torch.device) -> Callable[[Tensor], None]:
+    """Puts an adapter on the denoiser; what it returns goes backward from a loss, and the adapter steps."""
+    settings = read_settings(NetworkConfig(network_dim=rank, network_alpha=rank), family.adapter_targets)
+    adapter = inject({"denoiser": denoiser}, family.adapter_targets, settings, run_seed=0, metadata={}).to(device)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4)
+
+    def update(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
 
 
 def timeline(turns: list[Turn]) -> list[str]:
@@ -123,35 +193,26 @@ def main() -> int:
         family = options.family or ("sd3" if options.size == "tiny" else family_of(options.size))
     except ValueError as error:
         parser.error(str(error))
-    run = make_run(
-        family,
-        options.size,
-        resolution=options.resolution,
-        batch_size=options.batch_size,
-        rank=options.rank,
-        precision=options.precision,
-        checkpointing=False,  # it must wrap what swaps
-        full=options.full,
-    ).run
-    blocks = len(run.family.blocks(run.denoiser))
-    if not 0 < options.blocks_to_swap <= blocks:
-        parser.error(f"--blocks_to_swap {options.blocks_to_swap}: the model has {blocks} blocks")
-    swap, trace = swap_blocks(run, options.blocks_to_swap, checkpointing=options.checkpointing)
-    numbers = itertools.count()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = traced(family, options, device)
+    except ValueError as error:
+        parser.error(f"--blocks_to_swap: {error}")
+    swap, trace = model.swap, model.trace
     for _ in range(options.warmup):
-        optimize(run, next(numbers))
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
+        model.step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     trace.clear()
     shown: list[Turn] = []
     for _ in range(options.steps):
         before = len(trace.turns(swap.numbers))
-        optimize(run, next(numbers))
+        model.step()
         shown = trace.turns(swap.numbers)[before:]
-    told = facts(trace, options.steps, run.device)
+    told = facts(trace, options.steps, device)
     print(
-        f"{len(swap.numbers)} of {blocks} blocks, {swap.host_bytes / _MIB:,.1f} MiB, are on the host and take turns in "
-        f"{swap.device_bytes / _MIB:,.1f} MiB; the last of {options.steps} steps:"
+        f"{len(swap.numbers)} of {model.blocks} blocks, {swap.host_bytes / _MIB:,.1f} MiB, are on the host and take "
+        f"turns in {swap.device_bytes / _MIB:,.1f} MiB; the last of {options.steps} steps:"
     )
     print("\n".join(timeline(shown)))
     for name, value in told.items():
