@@ -24,9 +24,9 @@ NAMES = [
 class Problem:
     """A few weights and their optimizer, its state on the host or not."""
 
-    def __init__(self, name="AdamW", dtype=torch.float32, rounding=None, away=True, backwards=False):
+    def __init__(self, name="AdamW", dtype=torch.float32, rounding=None, away=True, backwards=False, shapes=SHAPES):
         generator = torch.Generator().manual_seed(1)
-        self.weights = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+        self.weights = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
         groups = [{"params": self.weights[:3], "lr": 1e-2}, {"params": self.weights[3:], "lr": 1e-3}]
         self.optimizer = create_optimizer(name, (), groups, learning_rate=1.0, device=CPU).optimizer
         self.transfers = LateStateTransfers()
@@ -128,6 +128,14 @@ def test_a_step_in_another_order_or_of_fewer_weights_is_right_all_the_same():
             problem.step(number, without)
     assert away.equals(plain)
     assert same_tensors(away.optimizer.state_dict(), plain.optimizer.state_dict())
+
+
+def test_a_slot_is_not_used_again_before_its_state_is_home():
+    plain, away = (Problem(away=away, shapes=[(128, 128)] * 7) for away in (False, True))
+    for number in range(2):  # in the first one nothing is fetched, so nothing else waits
+        plain.step(number)
+        away.step(number)
+        assert same_tensors(away.optimizer.state_dict(), plain.optimizer.state_dict())
 
 
 def test_state_that_is_read_before_it_is_home_is_no_number():
