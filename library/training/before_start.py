@@ -16,7 +16,7 @@ from library.families.protocols import ModelFamily
 from library.records import Sample
 from library.training.device_rates import ASSUMED, Rates, measured_rates
 from library.training.fit import fewest_swaps, fit
-from library.training.forecast import Forecast, OtherPhases, forecast, largest_shape
+from library.training.forecast import CONTEXT, Forecast, OtherPhases, forecast, largest_shape
 from library.training.forecast_lines import forecast_lines
 from library.training.jobs import job_of
 from library.training.precision import Precision, resolve_precision
@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 
 _SMALL_MODEL = 100_000_000
 """Numbers below which a model on the host is no matter of memory, and the forecast would take longer than it helps."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that a run can have: what is free, and what this process has taken for CUDA already."""
+    return int(torch.cuda.mem_get_info(device)[0]) + CONTEXT
 
 
 class NotForeseen(Exception):
@@ -82,7 +87,7 @@ def starting_lines(
     if not cuda and family.description.parameters < _SMALL_MODEL:
         return []
     shape = largest_shape(config, family.latents.format, samples, placements)
-    free = torch.cuda.mem_get_info(device)[0] if cuda else None
+    free = free_memory(device) if cuda else None
     rates = measured_rates(device, precision.frozen)
     return list(_lines(config, family, precision, shape, rates, free, report, cuda=cuda))
 
@@ -105,7 +110,7 @@ def dry_run_lines(
     device = torch.device("cuda" if accelerator_available else "cpu")
     precision = resolve_precision(config, accelerator_available=accelerator_available)
     rates = measured_rates(device, precision.frozen)
-    free = torch.cuda.mem_get_info(device)[0] if accelerator_available else None
+    free = free_memory(device) if accelerator_available else None
     config, notes = with_found_swaps(config, family, precision, device, shape)
     lines = [
         *notes,
@@ -138,7 +143,7 @@ def with_found_swaps(
         note = "--blocks_to_swap auto: 0, the model is in host memory already"
         return _with_swaps(config, 0, "no accelerator"), [note]
     shape = shape or largest_shape(config, family.latents.format)
-    free = torch.cuda.mem_get_info(device)[0]
+    free = free_memory(device)
     try:
         found = fewest_swaps(
             config,
@@ -198,7 +203,7 @@ def _fit_lines(config: RunConfig, family: ModelFamily, shape: MicroBatchShape, r
     assert asked is not None
     if asked == AUTO and rates is None:
         raise ConfigError("--fit auto: this machine has no GPU whose free memory could be taken; give an amount")
-    budget = torch.cuda.mem_get_info()[0] if asked == AUTO else size_in_bytes(asked)
+    budget = free_memory(torch.device("cuda")) if asked == AUTO else size_in_bytes(asked)
     precision = resolve_precision(config, accelerator_available=True)
     rates = rates or ASSUMED
     try:

@@ -107,6 +107,7 @@ def try_step(
         moves: Whether weights and activations travel between device and host; by default with CUDA.
     """
     with _nothing_said(), contextlib.ExitStack() as modes:
+        modes.enter_context(torch.random.fork_rng(devices=[]))  # the step seeds torch's own generator
         modes.enter_context(Hollow())
         allocations = modes.enter_context(Allocations("cpu"))
         if cuda:

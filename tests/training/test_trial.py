@@ -1,6 +1,7 @@
 """A step without numbers takes what the step with numbers takes."""
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from bench.synthetic_run import Setting, foresee, make_run
@@ -124,6 +125,20 @@ def test_components_are_those_of_plain_arithmetic(family, full):
     assert parts[STATE] == pytest.approx(8 * trained, rel=0.05)  # two moments, and a count of steps for each weight
     assert 0 <= parts.get(GRADIENTS, 0) <= 1.1 * 4 * trained
     assert foreseen.resident == pytest.approx(parts.get(BASE, 0) + parts[TRAINED] + parts[STATE], rel=0.05)
+
+
+def test_a_trial_leaves_the_generator_alone():
+    chosen = setting("sana")
+    config = chosen.config
+    from library.families.sana import synthetic
+    from library.training.precision import resolve_precision
+    from library.training.trial import try_step
+
+    family = synthetic.synthetic_family("tiny")
+    denoiser = synthetic.meta_denoiser(synthetic.SIZES["tiny"]).to(torch.bfloat16)
+    precision, before = resolve_precision(config, accelerator_available=True), torch.get_rng_state()
+    try_step(config, family, denoiser, family.text_shapes(2), chosen.shape, precision, cuda=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_kept_is_much_less_when_it_is_computed_again():
