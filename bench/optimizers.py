@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from library.memory.plain_transfers import PlainStateTransfers, Traffic
 from library.memory.state_offload import StateOffload
-from library.memory.state_transfers import Copies, CudaStateTransfers
+from library.memory.state_transfers import CudaStateTransfers
 from library.optimizers.kahan import KahanSummation
 from library.optimizers.one_by_one import Narrowing, OneByOne
 from library.optimizers.rounding import Rounding
@@ -116,33 +117,6 @@ class Measured:
         return self.weights + self.gradients + self.state
 
 
-class AtOnce:
-    """``library.memory.state_transfers.StateTransfers`` on a machine without a device: every copy is done at once."""
-
-    def host_tensor(self, like: Tensor) -> Tensor:
-        """A tensor of the same form."""
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-
-    def device_buffer(self, size: int) -> Tensor:
-        """So many bytes."""
-        return torch.empty(size, dtype=torch.uint8)
-
-    def fetch(self, owner: int, copies: Copies, slot: int) -> None:
-        """Copy."""
-        for source, target in copies:
-            target.copy_(source)
-
-    def wait(self, slot: int) -> None:
-        """Nothing is under way."""
-
-    def send_home(self, owner: int, copies: Copies, slot: int) -> None:
-        """Copy."""
-        self.fetch(owner, copies, slot)
-
-    def settle(self) -> None:
-        """Nothing is under way."""
-
-
 def sana_shapes(width: int, blocks: int) -> list[tuple[int, ...]]:
     """The shapes of the weights of so many Sana blocks of this width."""
     hidden = width * 5 // 2
@@ -159,8 +133,9 @@ def measure(choice: Choice, shapes: Sequence[tuple[int, ...]], device: torch.dev
     optimizer = create_optimizer(choice.optimizer, (), groups, learning_rate=1e-5, device=device).optimizer
     home = None
     if choice.on_host:
+        at_once = PlainStateTransfers(Traffic(), lambda tensor: None)
         home = StateOffload(
-            optimizer, weights, device, CudaStateTransfers(device) if device.type == "cuda" else AtOnce()
+            optimizer, weights, device, CudaStateTransfers(device) if device.type == "cuda" else at_once
         )
     one_by_one = OneByOne(optimizer, choice.narrowing, home)
     fused = FusedBackward(one_by_one, weights, [str(shape) for shape in shapes]) if choice.fused else None

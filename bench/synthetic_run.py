@@ -193,6 +193,7 @@ def make_run(setting: Setting, allocations: Allocations, traffic: Traffic) -> Sy
     job = job_of(config)
     dtype = job.dtype("denoiser", config, family, resolved)
     text = synthetic.synthetic_text(setting.size, setting.batch_size, device="cpu", dtype=resolved.frozen)
+    carriers = plain_carriers(allocations, traffic) if on_host else None
     with allocations:
         home = load_device(config.memory, device)
         denoiser = synthetic.synthetic_denoiser(setting.size, device=home, dtype=dtype)
@@ -207,13 +208,13 @@ def make_run(setting: Setting, allocations: Allocations, traffic: Traffic) -> Sy
             resolved,
             seed=0,
             optimizer_device=device,
-            carriers=plain_carriers(allocations, traffic) if on_host else None,
+            carriers=carriers,
         )
         batch = _random_batch(hollow_batch(family, text, setting.shape), text).to(device)
         allocations.add(batch_tensors(batch))
         run = trial_run(config, family, side, accelerator, setting.shape, batch, resolved)
         run.optimizer = accelerator.prepare(side.created.optimizer)
-        prepare_updates(run)
+        prepare_updates(run, carriers)
     run.trainable.train()
     plain_groups = [
         {key: group[key] for key in ("params", "lr")} for group in side.trainable.parameter_groups(config.optimizer)

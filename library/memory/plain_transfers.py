@@ -1,10 +1,12 @@
-"""``Transfers`` and ``Stash`` by plain copies, which count what travels: for forecasts, benches and tests."""
+"""``Transfers``, ``StateTransfers`` and ``Stash`` by plain copies that count: for forecasts, benches and tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from library.memory.state_transfers import Copies
 
 
 @dataclass
@@ -66,6 +68,45 @@ class PlainTransfers:
 
     def wait_home(self) -> None:
         """It has arrived."""
+
+
+class PlainStateTransfers:
+    """``library.memory.state_transfers.StateTransfers`` in the same way; see ``PlainTransfers``."""
+
+    def __init__(self, traffic: Traffic, on_host: Callable[[Tensor], None]):
+        self._traffic, self._on_host = traffic, on_host
+
+    def host_tensor(self, like: Tensor) -> Tensor:
+        """See ``StateTransfers``."""
+        tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        self._on_host(tensor)
+        self._traffic.wait(tensor.nbytes)
+        return tensor
+
+    def device_buffer(self, size: int) -> Tensor:
+        """See ``StateTransfers``."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def fetch(self, owner: int, copies: Copies, slot: int) -> None:
+        """See ``StateTransfers``."""
+        self._traffic.up += _copied(copies)
+
+    def wait(self, slot: int) -> None:
+        """See ``StateTransfers``: it has arrived."""
+
+    def send_home(self, owner: int, copies: Copies, slot: int) -> None:
+        """See ``StateTransfers``."""
+        self._traffic.down += _copied(copies)
+
+    def settle(self) -> None:
+        """See ``StateTransfers``: all are done."""
+
+
+def _copied(copies: Copies) -> int:
+    """Make the copies; returns their bytes."""
+    for source, target in copies:
+        target.copy_(source)
+    return sum(source.nbytes for source, _ in copies)
 
 
 @dataclass

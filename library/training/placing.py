@@ -20,6 +20,7 @@ from library.memory.checkpointing import (
 )
 from library.memory.modulation import StreamedModulation
 from library.memory.quantization import FORMATS, Quantized, Stored, quantize_blocks
+from library.memory.state_transfers import StateTransfers
 from library.memory.transfers import CudaStash, CudaTransfers, Transfers
 from library.training.precision import Precision
 
@@ -33,10 +34,12 @@ class Carriers:
     Attributes:
         transfers: Makes what moves weights; None: nothing does.
         stash: Where activations may wait on the host; None: nowhere.
+        states: Makes what moves the optimizer's state; None: nothing does.
     """
 
     transfers: Callable[[], Transfers] | None
     stash: Stash | None
+    states: Callable[[], StateTransfers] | None
 
 
 def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:

@@ -34,6 +34,7 @@ from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
 from library.training.encoders import LatentPreparation, TextSide, prepare_text
 from library.training.fused_backward import refuse_processes
+from library.training.host_memory import check_host_memory
 from library.training.jobs import job_of
 from library.training.launch import check_started
 from library.training.leftovers import clear_leftovers
@@ -105,6 +106,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     if config.memory.fused_backward_pass:
         refuse_processes(accelerator.num_processes)
     config, found = with_found_swaps(config, family, precision, accelerator.device)
+    check_host_memory(config, family, precision, accelerator.device)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
     if accelerator.is_main_process:
         clear_leftovers(config.saving)

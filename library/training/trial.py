@@ -23,7 +23,7 @@ from library.families.protocols import ModelFamily
 from library.memory.allocations import Allocations, on_gradients
 from library.memory.as_on_cuda import AsOnCuda
 from library.memory.hollow import Hollow
-from library.memory.plain_transfers import PlainStash, PlainTransfers, Traffic
+from library.memory.plain_transfers import PlainStash, PlainStateTransfers, PlainTransfers, Traffic
 from library.records import Batch, Resolution, TensorRecord
 from library.training.ema import WeightAverage
 from library.training.jobs import job_of
@@ -120,7 +120,11 @@ def try_step(
 def plain_carriers(allocations: Allocations | None, traffic: Traffic) -> Carriers:
     """Copies that ``traffic`` counts, between the device that ``allocations`` watches and what stands for the host."""
     on_host = _ignore if allocations is None else allocations.leave_out
-    return Carriers(functools.partial(PlainTransfers, traffic, on_host), PlainStash(traffic, on_host))
+    return Carriers(
+        functools.partial(PlainTransfers, traffic, on_host),
+        PlainStash(traffic, on_host),
+        functools.partial(PlainStateTransfers, traffic, on_host),
+    )
 
 
 def _ignore(tensor: Tensor) -> None:
@@ -141,7 +145,7 @@ def _make_run(
     moves: bool | None,
 ) -> Run:
     moving = cuda if moves is None else moves
-    carriers = plain_carriers(allocations, traffic) if moving else Carriers(None, None)
+    carriers = plain_carriers(allocations, traffic) if moving else Carriers(None, None, None)
     config = dataclasses.replace(config, memory=_uncompiled(config.memory))
     allocations.start(BASE)
     denoiser = denoiser.to_empty(device=_HOST).eval().requires_grad_(False)
@@ -159,7 +163,7 @@ def _make_run(
     if config.ema.use_ema and config.ema.ema_device != "cpu":
         allocations.start(AVERAGE)
         run.average = WeightAverage(_named(run.parameters), config.ema.ema_decay, on_host=False)
-    prepare_updates(run)
+    prepare_updates(run, carriers)
     run.trainable.train()
     return run
 

@@ -19,13 +19,19 @@ from library.optimizers.one_by_one import Narrowing, OneByOne, steps_apart
 from library.optimizers.rounding import Rounding
 from library.training.fused_backward import FusedBackward
 from library.training.optimizers import OPTIMIZERS, create_optimizer
+from library.training.placing import Carriers
 from library.training.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def prepare_updates(run: Run) -> None:
-    """This gives the run what steps its weights one by one, where options ask for that."""
+def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
+    """This gives the run what steps its weights one by one, where options ask for that.
+
+    Args:
+        run: Its optimizer's state has been restored.
+        carriers: Take the place of the device's own.
+    """
     training, memory = run.config.training, run.config.memory
     optimizer: Optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if not training.kahan_summation:
@@ -39,7 +45,7 @@ def prepare_updates(run: Run) -> None:
     elif training.stochastic_rounding:
         narrowing = Rounding(run.seed)
     with swap.stand_ins() if swap is not None else contextlib.nullcontext():  # it looks where the state must be
-        run.one_by_one = OneByOne(optimizer, narrowing, state_home(run, optimizer))
+        run.one_by_one = OneByOne(optimizer, narrowing, state_home(run, optimizer, carriers))
     if memory.fused_backward_pass:
         names = {parameter: name for name, parameter in run.trainable.named_parameters()}
         called = [names.get(parameter, f"parameter {number}") for number, parameter in enumerate(parameters)]
@@ -49,11 +55,11 @@ def prepare_updates(run: Run) -> None:
             swap.settle = run.fused_backward.settle
 
 
-def state_home(run: Run, optimizer: Optimizer) -> StateOffload | None:
+def state_home(run: Run, optimizer: Optimizer, carriers: Carriers | None) -> StateOffload | None:
     """Where the optimizer's state waits between steps; None: where it is made."""
     if not run.config.memory.optimizer_state_on_host:
         return None
-    transfers = state_transfers_to(run.device)
+    transfers = state_transfers_to(run.device) if carriers is None else carriers.states
     if transfers is None:
         log.info("no accelerator: the optimizer's state is in host memory already, nothing moves")
         return None
