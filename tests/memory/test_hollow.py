@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from library.memory.allocations import BLOCK, Allocations
 from library.memory.hollow import Hollow
 
 
@@ -49,6 +50,13 @@ def test_views_share_memory_and_what_is_changed_in_place_stays_itself():
         assert x.add_(1) is x
         assert torch.add(x, 1, out=(out := torch.empty(4, 4))) is out
         assert (x + 1).untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        y = torch.ops.aten._unsafe_view(x, [16])
+        assert y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    with Hollow(), Allocations("cpu") as allocations:
+        x = torch.empty(4, 4)
+        x.mul_(2).add_(1)
+        torch.add(x, 1, out=x)
+        assert allocations.peak == BLOCK
 
 
 def test_who_asks_for_numbers_gets_some():
