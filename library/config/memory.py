@@ -162,6 +162,8 @@ class MemoryConfig:
             problems.append("--cpu_offload_checkpointing does nothing without --gradient_checkpointing; add it")
         if self.quantize_via != "accelerator" and not (self.base_format or self.encoder_formats):
             problems.append("--quantize_via does nothing without --base_model_precision; add it, or remove this")
+        if self.quantized_matmul == "dequantize" and self.base_format in ("int4", "nf4"):
+            problems.append(f"--quantized_matmul dequantize: {self.base_format} is never computed otherwise; remove it")
         if self.quantized_matmul != "auto" and self.base_format is None:
             problems.append(
                 "--quantized_matmul does nothing without --base_model_precision int8 or fp8; add it, or remove this"

@@ -5,6 +5,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from library.memory.pinned import pinned_buffer
 
 Copies = Sequence[tuple[Tensor, Tensor]]
 """Pairs of tensors: from where, to where."""
@@ -47,10 +50,16 @@ class CudaStateTransfers:
         self._arrived: dict[int, torch.cuda.Event] = {}  # by slot
         self._left: dict[int, torch.cuda.Event] = {}  # by slot
         self._home: dict[int, torch.cuda.Event] = {}  # by owner
+        # what a tensor on the host lies in is pinned as long as it is held
+        self._buffers = WeakTensorKeyDictionary()
 
     def host_tensor(self, like: Tensor) -> Tensor:
         """See ``StateTransfers``."""
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, pin_memory=True)
+        numbers = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride()))
+        buffer = pinned_buffer(numbers * like.dtype.itemsize)
+        tensor = buffer.view(like.dtype).as_strided(like.shape, like.stride())
+        self._buffers[tensor] = buffer
+        return tensor
 
     def device_buffer(self, size: int) -> Tensor:
         """See ``StateTransfers``."""

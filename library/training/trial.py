@@ -170,7 +170,8 @@ def _make_run(
 
 def _count(run: Run, allocations: Allocations, traffic: Traffic) -> Trial:
     allocations.start(STATE)
-    if traffic.host:  # what is where at a step's end decides what the next one moves
+    # what is where at a step's end, and in which order weights stepped, decides what the next one moves
+    if traffic.host or run.config.memory.optimizer_state_on_host:
         optimize(run, 0)
     else:
         for parameter in run.parameters:

@@ -79,3 +79,21 @@ def test_torch_pins_what_the_driver_refuses(driver, monkeypatch, caplog):
     assert pinned.pinned_buffer(5000).numel() == 5000
     assert driver.refused == 1 and asked[-1] is True and forgotten
     assert "CUDA error 2" in caplog.text
+
+
+def test_state_on_the_host_is_pinned_as_long_as_it_is_held(driver, monkeypatch):
+    from library.memory.state_transfers import CudaStateTransfers
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    transfers = CudaStateTransfers(torch.device("cuda"))
+    likes = [torch.rand(40, 30).t(), torch.zeros(5000, dtype=torch.int16), torch.zeros(7, dtype=torch.bfloat16)]
+    made = [transfers.host_tensor(like) for like in likes]
+    gc.collect()
+    for tensor, like in zip(made, likes):
+        assert (tensor.shape, tensor.stride(), tensor.dtype) == (like.shape, like.stride(), like.dtype)
+        tensor.copy_(like)
+        assert torch.equal(tensor, like)
+    assert sorted(driver.registered.values()) == [PAGE, 2 * PAGE, 3 * PAGE]
+    del made[1], tensor
+    gc.collect()
+    assert sorted(driver.registered.values()) == [PAGE, 2 * PAGE]

@@ -115,6 +115,8 @@ def test_a_gpu_without_the_instruction(monkeypatch):
 def test_options_that_do_nothing_are_refused():
     with pytest.raises(ConfigError, match="--quantized_matmul does nothing without --base_model_precision"):
         MemoryConfig(quantized_matmul="dequantize")
+    with pytest.raises(ConfigError, match="--quantized_matmul dequantize: int4 is never computed otherwise"):
+        MemoryConfig(base_model_precision="int4", quantized_matmul="dequantize")
     with pytest.raises(ConfigError, match="--quantized_matmul 8bit: nf4 has no 8-bit arithmetic"):
         MemoryConfig(quantized_matmul="8bit", base_model_precision="nf4-bnb")
 

@@ -28,6 +28,7 @@ FULL = {
     "all weights, recomputed": RECOMPUTE,
     "all weights, fused": {"fused_backward_pass": True},
     "all weights, swapped": {"fused_backward_pass": True, "blocks_to_swap": 3, **RECOMPUTE},
+    "all weights, state on the host": {"fused_backward_pass": True, "offload_optimizer_device": "cpu"},
 }
 
 
