@@ -14,8 +14,9 @@ turn, and prints the ratio.
 
 ``foreseen_gib`` is what the trainer's forecast says before the step, ``counted_gib`` what there was: on a GPU
 ``torch.cuda.max_memory_allocated``, on the host the memory of all tensors as operations made them. The bytes that
-travel per step are the forecast's. On the host, weights and activations that are to wait there travel all the same, by
-plain copies between memory that counts and memory that doesn't.
+travel per step are the forecast's. ``graphs`` is how often torch.compile compiled. On the host, weights and activations
+that are to wait there travel all the same, by plain copies between memory that counts and memory that doesn't; what
+compiled blocks take is counted on a GPU only.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from library.families import FAMILIES
 from library.memory.allocations import Allocations
 from library.memory.plain_transfers import Traffic
 from library.training.loop import optimize
+from library.training.trial import uncompiled
 
 GIB = 2**30
 COLUMNS = (
@@ -58,6 +60,7 @@ COLUMNS = (
     ("foreseen_to_counted", "{:.3f}"),
     ("up_gib", "{:.2f}"),
     ("down_gib", "{:.2f}"),
+    ("graphs", "{}"),
     ("process_gib", "{:.2f}"),
 )
 PLAIN_COLUMNS = (("plain_seconds_per_step", "{:.4f}"), ("ratio_to_plain", "{:.3f}"))
@@ -97,34 +100,40 @@ def process_memory(device: torch.device) -> int:
 
 def measure(setting: Setting, *, steps: int, warmup: int, rate: float | None, plain: bool) -> dict[str, Any]:
     """Count one step, then time the step, and the bare loop in turn with it; and facts of the run."""
-    allocations, traffic = Allocations("cuda" if torch.cuda.is_available() else "cpu"), Traffic()
-    synthetic = make_run(setting, allocations, traffic)
-    run, device = synthetic.run, synthetic.run.device
+    watched = "cuda" if torch.cuda.is_available() else "cpu"
+    allocations, traffic = Allocations(watched), Traffic()
+    synthetic = make_run(replace(setting, memory=uncompiled(setting.memory)), allocations, traffic)
     numbers = itertools.count()
+    with allocations:
+        optimize(synthetic.run, next(numbers))
+        allocations.start("the step")
+        optimize(synthetic.run, next(numbers))
+    if setting.memory.torch_compile:  # what has once run while torch watched single operations is never compiled
+        del synthetic
+        gc.collect()
+        synthetic = make_run(setting, Allocations(watched), Traffic())
+    run, device = synthetic.run, synthetic.run.device
 
     def step() -> None:
         optimize(run, next(numbers))
 
-    with allocations:
-        step()
-        allocations.start("the step")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        step()
-    counted = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else allocations.peak
     for _ in range(warmup):
         step()
         if plain:
             synthetic.plain_step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     ours, bare = [], []
     for _ in range(steps):
         ours.append(timed(step, device))
         if plain:
             bare.append(timed(synthetic.plain_step, device))
+    counted = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else allocations.peak
     rate = rate or matmul_rate(device, run.weight_dtype)
     return {
         **_row(synthetic, statistics.median(ours), allocations.operations, rate, counted),
         **(_plain_row(ours, bare) if plain else {}),
+        "graphs": run.compiling.graphs if run.compiling is not None else 0,
         "process_gib": process_memory(device) / GIB,
         "matmul_tflops": rate / 1e12,
         "parameters": synthetic.parameters,

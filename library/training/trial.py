@@ -146,7 +146,7 @@ def _make_run(
 ) -> Run:
     moving = cuda if moves is None else moves
     carriers = plain_carriers(allocations, traffic) if moving else Carriers(None, None, None)
-    config = dataclasses.replace(config, memory=_uncompiled(config.memory))
+    config = dataclasses.replace(config, memory=uncompiled(config.memory))
     allocations.start(BASE)
     denoiser = denoiser.to_empty(device=_HOST).eval().requires_grad_(False)
     job = job_of(config)
@@ -230,6 +230,7 @@ def trial_run(
         history=LossHistory(),
         metadata={},
         swap=side.swap,
+        compiling=side.compiling,
     )
 
 
@@ -306,7 +307,7 @@ class _Accelerator:
         return sums.new_zeros(sums.shape)
 
 
-def _uncompiled(memory: MemoryConfig) -> MemoryConfig:
+def uncompiled(memory: MemoryConfig) -> MemoryConfig:
     """The options without compilation, which needs numbers; compiled blocks keep no more than these."""
     compilation = {"torch_compile", "dynamo_backend", "compile_dynamic"}
     fields: dict[str, Any] = {

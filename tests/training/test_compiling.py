@@ -59,3 +59,18 @@ def test_what_can_not_be_is_said_before_anything_is_loaded(full_trainer, capsys,
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert full_trainer("out", **COMPILED) == 2
     assert "error: --torch_compile doesn't go with weights that are spread" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [True, False], ids=["adapter", "full"])
+@pytest.mark.parametrize("family", ["sd3", "sana"])
+def test_the_compilers_own_code_learns_nearly_the_same(family, network, tiny_file, tiny_sana_file, photos, tmp_path):
+    """With pictures of several shapes, so that sizes are variables."""
+    trainer = Trainer(tiny_file if family == "sd3" else tiny_sana_file, photos, tmp_path, family, network)
+    options = {**CACHED, "max_train_steps": 4, "mixed_precision": "no", "gradient_checkpointing": not network}
+    options = {name: value for name, value in options.items() if value is not False}
+    if network:
+        options["network_train_unet_only"] = True
+    assert trainer("plain", **options) == 0
+    assert trainer("compiled", **options, torch_compile=True) == 0
+    assert trainer.losses("compiled") == pytest.approx(trainer.losses("plain"), rel=1e-4)

@@ -131,6 +131,8 @@ class GLUMBConv(nn.Module):
     def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, N, D) -> (B, N, D), where the tokens are ``rows`` times ``columns``, row by row."""
         x = rearrange(x, "b (h w) d -> b d h w", h=rows, w=columns)
+        if torch.compiler.is_compiling():  # inductor can't order the strides of a view whose sides are variables
+            x = x.contiguous()
         x = self.depth_conv(F.silu(self.inverted_conv(x)))  # (B, 2E, h, w)
         value, gate = x.chunk(2, dim=1)
         return rearrange(self.point_conv(value * F.silu(gate)), "b d h w -> b (h w) d")
