@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.optimizers.one_by_one import OneByOne
+from library.memory.plain_transfers import PlainStateTransfers, Traffic
+from library.memory.state_offload import StateOffload
+from library.memory.state_transfers import CudaStateTransfers
+from library.optimizers.kahan import KahanSummation
+from library.optimizers.one_by_one import Narrowing, OneByOne
 from library.optimizers.rounding import Rounding
 from library.training.fused_backward import FusedBackward
 from library.training.optimizers import create_optimizer
@@ -31,26 +35,39 @@ class Choice:
 
     Attributes:
         optimizer: ``--optimizer_type``.
-        dtype: Of weights and gradients; bf16 is rounded stochastically.
+        dtype: Of weights and gradients.
         state: Bytes of state per parameter by arithmetic.
         fused: Whether gradients are used as they arrive.
+        rounding: Of weights in bf16: stochastic or kahan.
+        on_host: Whether the state waits on the host.
     """
 
     optimizer: str
     dtype: torch.dtype
     state: float
     fused: bool = False
+    rounding: str = "stochastic"
+    on_host: bool = False
 
     @property
     def expected(self) -> float:
-        """Bytes per parameter by arithmetic; of fused gradients, none."""
-        return self.dtype.itemsize * (1 if self.fused else 2) + self.state
+        """Bytes per parameter on the device by arithmetic; of fused gradients and of state on the host, none."""
+        return self.dtype.itemsize * (1 if self.fused else 2) + (0 if self.on_host else self.state)
 
     @property
     def title(self) -> str:
         """How the table calls it."""
-        precision = "fp32" if self.dtype == torch.float32 else "bf16, stochastic rounding"
-        return f"{self.optimizer}, {precision}{', fused backward' if self.fused else ''}"
+        roundings = {"stochastic": "bf16, stochastic rounding", "kahan": "bf16, Kahan summation"}
+        precision = "fp32" if self.dtype == torch.float32 else roundings[self.rounding]
+        fused, on_host = ", fused backward" if self.fused else "", ", state on the host" if self.on_host else ""
+        return f"{self.optimizer}, {precision}{fused}{on_host}"
+
+    @property
+    def narrowing(self) -> Narrowing | None:
+        """How weights in bf16 are rounded."""
+        if self.dtype != torch.bfloat16:
+            return None
+        return KahanSummation() if self.rounding == "kahan" else Rounding(0)
 
 
 CHOICES = (
@@ -64,11 +81,16 @@ CHOICES = (
     Choice("Adafactor", torch.float32, 0),
     Choice("AdamW", torch.bfloat16, 8),
     Choice("CAME", torch.bfloat16, 4),
+    Choice("AdamW", torch.bfloat16, 10, rounding="kahan"),
+    Choice("CAME", torch.bfloat16, 6, rounding="kahan"),
     Choice("AdamW8bit", torch.bfloat16, 2),
     Choice("CAME8bit", torch.bfloat16, 1),
     Choice("AdamW", torch.float32, 8, fused=True),
     Choice("CAME8bit", torch.float32, 1, fused=True),
     Choice("CAME8bit", torch.bfloat16, 1, fused=True),
+    Choice("AdamW", torch.float32, 8, on_host=True),
+    Choice("AdamW", torch.float32, 8, fused=True, on_host=True),
+    Choice("AdamW", torch.bfloat16, 10, fused=True, rounding="kahan", on_host=True),
 )
 
 
@@ -79,16 +101,19 @@ class Measured:
     Attributes:
         weights: Of the weights.
         gradients: The most that existed at a time.
-        state: Of the optimizer's state after its first steps.
+        state: Of the optimizer's state after its first steps, as far as it is on the device: with state on the host,
+            its small tensors and the places that the others take turns in.
+        host: Of the state on the host.
     """
 
     weights: float
     gradients: float
     state: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """All together."""
+        """All on the device together."""
         return self.weights + self.gradients + self.state
 
 
@@ -106,8 +131,13 @@ def measure(choice: Choice, shapes: Sequence[tuple[int, ...]], device: torch.dev
     weights = [nn.Parameter(torch.randn(shape, generator=generator).to(device, choice.dtype)) for shape in shapes]
     groups = [{"params": weights, "lr": 1e-5}]
     optimizer = create_optimizer(choice.optimizer, (), groups, learning_rate=1e-5, device=device).optimizer
-    rounding = Rounding(0) if choice.dtype == torch.bfloat16 else None
-    one_by_one = OneByOne(optimizer, rounding)
+    home = None
+    if choice.on_host:
+        at_once = PlainStateTransfers(Traffic(), lambda tensor: None)
+        home = StateOffload(
+            optimizer, weights, device, CudaStateTransfers(device) if device.type == "cuda" else at_once
+        )
+    one_by_one = OneByOne(optimizer, choice.narrowing, home)
     fused = FusedBackward(one_by_one, weights, [str(shape) for shape in shapes]) if choice.fused else None
     living = [0]
 
@@ -131,7 +161,11 @@ def measure(choice: Choice, shapes: Sequence[tuple[int, ...]], device: torch.dev
             one_by_one.step(weight, weight.grad, step)
         one_by_one.finish()
     count_of_numbers = sum(weight.numel() for weight in weights)
-    kept = (sum(weight.nbytes for weight in weights), max(living), state_bytes(optimizer))
+    state, on_host = state_bytes(optimizer), 0
+    if home is not None:
+        on_host = home.host_bytes
+        state += home.device_bytes - on_host
+    kept = (sum(weight.nbytes for weight in weights), max(living), state, on_host)
     return Measured(*(number / count_of_numbers for number in kept))
 
 
@@ -156,12 +190,13 @@ def main() -> None:
     shapes = sana_shapes(options.width, options.blocks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    print(f"{'bytes per parameter':54} {'weights':>8} {'gradients':>10} {'state':>7} {'all':>7} {'arithmetic':>11}")
+    headings = f"{'weights':>8} {'gradients':>10} {'state':>7} {'all':>7} {'arithmetic':>11} {'on the host':>12}"
+    print(f"{'bytes per parameter':60} {headings}")
     for choice in CHOICES:
         found = measure(choice, shapes, device)
         print(
-            f"{choice.title:54} {found.weights:8.2f} {found.gradients:10.2f} {found.state:7.2f} {found.total:7.2f} "
-            f"{choice.expected:11.2f}"
+            f"{choice.title:60} {found.weights:8.2f} {found.gradients:10.2f} {found.state:7.2f} {found.total:7.2f} "
+            f"{choice.expected:11.2f} {found.host:12.2f}"
         )
         rows.append({"choice": choice.title, **asdict(found), "all": found.total, "arithmetic": choice.expected})
     if options.json:

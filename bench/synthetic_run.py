@@ -1,10 +1,10 @@
 """A training run on random weights and random caches, set up like a real one but for the files."""
 
-import itertools
-import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,32 +14,41 @@ from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
 from library.config.ema import EmaConfig
+from library.config.errors import ConfigError
 from library.config.full import FullConfig
 from library.config.logging import LoggingConfig
 from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
+from library.config.options import DEFAULT, option_values
 from library.config.pictures import PictureConfig
 from library.config.run import RunConfig
 from library.config.sampling import SamplingConfig
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
 from library.config.validation import ValidationConfig
-from library.data.buckets import place
-from library.data.plan import BatchPlan
 from library.families import FAMILIES, family_options
-from library.families.protocols import ModelFamily
-from library.memory.checkpointing import enable_checkpointing
-from library.records import Batch, NoisedLatents, Resolution, Sample, TensorRecord
+from library.memory.allocations import Allocations
+from library.memory.plain_transfers import Traffic
+from library.records import Batch, NoisedLatents, Resolution, TensorRecord
 from library.training.jobs import job_of
-from library.training.losses import LossHistory
+from library.training.model_side import assemble
 from library.training.optimizers import create_optimizer
+from library.training.placing import load_device
 from library.training.precision import resolve_precision
 from library.training.run import Run
-from library.training.schedules import create_schedule
 from library.training.setup import has_accelerator
-from library.training.trackers import Trackers
+from library.training.trial import (
+    MicroBatchShape,
+    Trial,
+    batch_tensors,
+    hollow_batch,
+    plain_carriers,
+    trial_run,
+    try_step,
+)
+from library.training.updates import prepare_updates
 
 MANY_STEPS = 1_000_000
 
@@ -55,6 +64,7 @@ class SyntheticRun:
         parameters: Of the denoiser.
         batch: What every step sees.
         plain_optimizer: The bare loop's own.
+        forecast: What the trainer foresees for a step.
     """
 
     run: Run
@@ -63,6 +73,7 @@ class SyntheticRun:
     parameters: int
     batch: Batch
     plain_optimizer: torch.optim.Optimizer
+    forecast: Trial
 
     def plain_step(self) -> None:
         """Forward, backward and AdamW, with nothing of the trainer around."""
@@ -94,111 +105,157 @@ def family_of(size: str) -> str:
     return found[0]
 
 
-def make_run(
-    family_name: str,
-    size: str,
-    *,
-    resolution: int,
-    batch_size: int,
-    rank: int,
-    precision: str,
-    checkpointing: bool,
-    full: bool = False,
-) -> SyntheticRun:
-    """An adapter run, or with ``full`` a run of all weights, at a published size (or ``tiny``) of a family."""
-    synthetic = import_module(f"{FAMILIES[family_name]}.synthetic")
-    folder = tempfile.mkdtemp(prefix="bench-")
-    config = _config(family_name, folder, resolution, batch_size, None if full else rank, precision, checkpointing)
+def block_count(family: str, size: str) -> int:
+    """How many blocks a family's model of this size has."""
+    return int(import_module(f"{FAMILIES[family]}.synthetic").SIZES[size].depth)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run.
+
+    Attributes:
+        family: Its name.
+        size: A published size of it, or ``tiny``.
+        resolution: Pixels per side.
+        batch_size: Samples per step.
+        rank: Of the adapter; None: all weights are trained.
+        precision: ``--mixed_precision``.
+        memory: The options of memory and speed.
+        training: The options of training.
+        optimizer: ``--optimizer_type``.
+        optimizer_args: ``--optimizer_args``.
+        network_args: ``--network_args``.
+    """
+
+    family: str
+    size: str
+    resolution: int
+    batch_size: int
+    rank: int | None
+    precision: str
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: str = "AdamW"
+    optimizer_args: Sequence[str] = ()
+    network_args: Sequence[str] = ()
+
+    @property
+    def config(self) -> RunConfig:
+        """The trainer's configuration.
+
+        Raises:
+            ConfigError: Options exclude each other.
+        """
+        folder = tempfile.mkdtemp(prefix="bench-")
+        config = _config(self, folder)
+        config = replace(config, provenance={declared.name: DEFAULT for declared, _ in option_values(config)})
+        if problems := config.problems():
+            raise ConfigError("\n".join(problems))
+        return config
+
+    @property
+    def shape(self) -> MicroBatchShape:
+        """Of the micro-batch."""
+        return MicroBatchShape(self.batch_size, Resolution(self.resolution, self.resolution))
+
+
+def foresee(setting: Setting, *, cuda: bool, moves: bool | None = None) -> Trial:
+    """What the trainer foresees for a step; see ``try_step``."""
+    config = setting.config
+    synthetic = import_module(f"{FAMILIES[setting.family]}.synthetic")
+    precision = resolve_precision(config, accelerator_available=cuda)
+    family = synthetic.synthetic_family(setting.size)
+    dtype = job_of(config).dtype("denoiser", config, family, precision)
+    denoiser = synthetic.meta_denoiser(synthetic.SIZES[setting.size]).to(dtype)
+    text = synthetic.synthetic_text(setting.size, setting.batch_size, device="cpu", dtype=precision.frozen)
+    return try_step(config, family, denoiser, text, setting.shape, precision, cuda=cuda, moves=moves)
+
+
+def make_run(setting: Setting, allocations: Allocations, traffic: Traffic) -> SyntheticRun:
+    """A run placed as the trainer places it.
+
+    On the host, weights and activations travel by plain copies between memory that counts as the device's and memory
+    that doesn't.
+
+    Args:
+        setting: What is run.
+        allocations: Counts what is made here.
+        traffic: Counts what travels on the host.
+    """
+    config = setting.config
+    synthetic = import_module(f"{FAMILIES[setting.family]}.synthetic")
     resolved = resolve_precision(config, accelerator_available=has_accelerator())
     accelerator = Accelerator(mixed_precision=resolved.mixed)
-    device = accelerator.device
-    family = synthetic.synthetic_family(size)
+    device, on_host = accelerator.device, accelerator.device.type == "cpu"
+    forecast = foresee(setting, cuda=not on_host, moves=True)
+    family = synthetic.synthetic_family(setting.size)
     job = job_of(config)
     dtype = job.dtype("denoiser", config, family, resolved)
-    denoiser = synthetic.synthetic_denoiser(size, device=device, dtype=dtype)
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    trainable = job.prepare(config, family, {"denoiser": denoiser}, seed=0, precision=resolved)
-    trainable.to(device)
-    if checkpointing:
-        enable_checkpointing(list(family.blocks(denoiser)), 1)
-    picture = Resolution(resolution, resolution)
-    samples = [
-        Sample(key=f"{row}", path="", content="", captions=("",), size=picture, dataset=0, subset=0)
-        for row in range(batch_size)
+    text = synthetic.synthetic_text(setting.size, setting.batch_size, device="cpu", dtype=resolved.frozen)
+    carriers = plain_carriers(allocations, traffic) if on_host else None
+    with allocations:
+        home = load_device(config.memory, device)
+        denoiser = synthetic.synthetic_denoiser(setting.size, device=home, dtype=dtype)
+        parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+        side = assemble(
+            config,
+            family,
+            job,
+            denoiser,
+            {},
+            device,
+            resolved,
+            seed=0,
+            optimizer_device=device,
+            carriers=carriers,
+        )
+        batch = _random_batch(hollow_batch(family, text, setting.shape), text).to(device)
+        allocations.add(batch_tensors(batch))
+        run = trial_run(config, family, side, accelerator, setting.shape, batch, resolved)
+        run.optimizer = accelerator.prepare(side.created.optimizer)
+        prepare_updates(run, carriers)
+    run.trainable.train()
+    plain_groups = [
+        {key: group[key] for key in ("params", "lr")} for group in side.trainable.parameter_groups(config.optimizer)
     ]
-    placements = [place(picture, config.datasets[0], family.latents.format.resolution_step) for _ in samples]
-    groups = trainable.parameter_groups(config.optimizer)
-    created = create_optimizer("AdamW", (), groups, learning_rate=1e-4, device=device)
-    plain_groups = [{key: group[key] for key in ("params", "lr")} for group in groups]
-    batch = _batch(family, synthetic.synthetic_text(size, batch_size, device="cpu", dtype=resolved.frozen), samples)
-    run = Run(
-        config=config,
-        seed=0,
-        job=job,
-        family=family,
-        accelerator=accelerator,
-        plan=BatchPlan(samples, placements, config.datasets, seed=0, micro_batches_per_step=1),
-        batches=(batch for _ in itertools.count()),
-        denoiser=denoiser,
-        trainable=trainable,
-        text=synthetic.synthetic_strategy(family),
-        text_encoders={},
-        vae=None,
-        optimizer=accelerator.prepare(created.optimizer),
-        schedule=create_schedule(config.optimizer, created.optimizer, max_steps=MANY_STEPS),
-        max_steps=MANY_STEPS,
-        first_step=0,
-        weight_dtype=resolved.frozen,
-        trackers=Trackers(accelerator, os.path.join(folder, "log.jsonl"), first_step=0),
-        history=LossHistory(),
-        metadata={},
-    )
-    trainable.train()
     return SyntheticRun(
         run=run,
-        batch_size=batch_size,
-        tokens=family.latents.format.tokens(picture),
+        batch_size=setting.batch_size,
+        tokens=family.latents.format.tokens(setting.shape.resolution),
         parameters=parameters,
-        batch=batch.to(device),
+        batch=batch,
         plain_optimizer=create_optimizer("AdamW", (), plain_groups, learning_rate=1e-4, device=device).optimizer,
+        forecast=forecast,
     )
 
 
-def _batch(family: ModelFamily, text: TensorRecord, samples: list[Sample]) -> Batch:
-    latent_format = family.latents.format
-    shape = (len(samples), latent_format.channels, *latent_format.latent_size(samples[0].size))
+def _random_batch(batch: Batch, text: TensorRecord) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    return Batch(
-        keys=tuple(sample.key for sample in samples),
-        visits=(0,) * len(samples),
-        captions=("",) * len(samples),
-        dropped=torch.zeros(len(samples), dtype=torch.bool),
-        loss_weight=torch.ones(len(samples)),
-        resolution=samples[0].size,
-        noise=torch.randn(shape, generator=generator),
-        latents=torch.randn(shape, generator=generator),
-        text=text,
-    )
+    noise, latents = (torch.randn(batch.noise.shape, generator=generator) for _ in range(2))
+    return replace(batch, noise=noise, latents=latents, text=text)
 
 
-def _config(
-    family_name: str,
-    folder: str,
-    resolution: int,
-    batch_size: int,
-    rank: int | None,
-    precision: str,
-    checkpointing: bool,
-) -> RunConfig:
-    options = family_options(family_name)
+def _config(setting: Setting, folder: str) -> RunConfig:
+    options = family_options(setting.family)
     dataset = DatasetConfig(
-        resolution=Resolution(resolution, resolution),
-        batch_size=batch_size,
+        resolution=setting.shape.resolution,
+        batch_size=setting.batch_size,
         enable_bucket=False,
         subsets=(SubsetConfig(image_dir=folder),),
     )
+    clipping: dict[str, Any] = {"max_grad_norm": 0.0} if setting.memory.fused_backward_pass else {}
+    rank = setting.rank
+    network = None
+    if rank is not None:
+        network = NetworkConfig(
+            network_dim=rank,
+            network_alpha=rank,
+            network_train_unet_only=True,
+            network_args=tuple(setting.network_args),
+        )
     return RunConfig(
-        family_name=family_name,
+        family_name=setting.family,
         script="bench",
         provenance={},
         model=ModelConfig(),
@@ -208,12 +265,17 @@ def _config(
         captions=CaptionConfig(),
         datasets=(dataset,),
         caching=CachingConfig(cache_latents=True, cache_text_encoder_outputs=True),
-        network=NetworkConfig(network_dim=rank, network_alpha=rank, network_train_unet_only=True) if rank else None,
-        full=None if rank else FullConfig(),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-        training=TrainingConfig(mixed_precision=precision),
+        network=network,
+        full=None if rank is not None else FullConfig(),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4,
+            optimizer_type=setting.optimizer,
+            optimizer_args=tuple(setting.optimizer_args),
+            **clipping,
+        ),
+        training=replace(setting.training, mixed_precision=setting.precision, max_train_steps=MANY_STEPS),
         ema=EmaConfig(),
-        memory=MemoryConfig(gradient_checkpointing=checkpointing),
+        memory=setting.memory,
         validation=ValidationConfig(),
         sampling=SamplingConfig(),
         saving=SavingConfig(output_dir=folder),

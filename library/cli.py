@@ -100,16 +100,18 @@ def _run(script: Script, arguments: Sequence[str]) -> int:
     from library.training.launch import check_launch
 
     check_launch(sys.argv, os.environ)
-    if command_line.invocation.dry_run:
-        from library.dry_run import report
+    if command_line.invocation.dry_run or config.memory.fit is not None:
+        from library.dry_run import look
 
         print(resolved_toml(config))
-        print("\n".join(printable(line, longest=10_000) for line in report(config)))
+        lines, scan = look(config)
+        print("\n".join(printable(line, longest=10_000) for line in lines))
 
         from library.training.rehearsal import rehearsal
 
-        print("\n".join(rehearsal(config)))
-        print("nothing was loaded or written (--dry_run)")
+        print("\n".join(rehearsal(config, scan.discovery.samples, scan.placements, scan.report)))
+        stopped_by = "--dry_run" if command_line.invocation.dry_run else "--fit"
+        print(f"nothing was loaded or written ({stopped_by})")
         return 0
     configure_logging(config.logging)
     sys.argv[1:] = without_typed_secrets(script.groups, sys.argv[1:])  # trackers write down how a run was started

@@ -37,7 +37,12 @@ class DataScan:
 
 
 def report(config: RunConfig) -> list[str]:
-    """This describes the model, the datasets and the length of the run in lines.
+    """This describes the model, the datasets and the length of the run in lines; see ``look``."""
+    return look(config)[0]
+
+
+def look(config: RunConfig) -> tuple[list[str], DataScan]:
+    """This describes the model, the datasets and the length of the run in lines, and gives what was found.
 
     Raises:
         ConfigError: What a run would stop at: pictures or captions that can't be read, steps without pictures.
@@ -55,7 +60,7 @@ def report(config: RunConfig) -> list[str]:
     idle = [remark.text for remark in scan.report.remarks if remark.kind == "idle steps"]
     if idle:
         raise ConfigError("\n".join(idle))
-    return [*_model_lines(description, config.training.mixed_precision), *report_lines(scan.report), *later]
+    return [*_model_lines(description, config.training.mixed_precision), *report_lines(scan.report), *later], scan
 
 
 def scan_data(

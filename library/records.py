@@ -341,6 +341,7 @@ class ModelDescription:
         largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
         text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
         defaults: Options whose default depends on the model: name -> what acts where nobody gave one.
+        text_encoders: The text encoders that the files have, in the order in which options number them.
         trainable_text_encoders: The text encoders that a full fine-tune can train.
         save_layouts: What ``--save_model_as`` can be in a full fine-tune, best first -> what ``--save_parts`` can be.
         sampling: How its pictures are made where nobody says.
@@ -359,6 +360,7 @@ class ModelDescription:
     largest_side: int | None = None
     text_numbers: int = 0
     defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    text_encoders: tuple[str, ...] = ()
     trainable_text_encoders: tuple[str, ...] = ()
     save_layouts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     sampling: SamplingDefaults = SamplingDefaults()

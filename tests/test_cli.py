@@ -69,7 +69,7 @@ def trained(monkeypatch):
 
     setup = types.SimpleNamespace(run_training=run_training)
     monkeypatch.setitem(sys.modules, "library.training.setup", setup)
-    rehearsal = types.SimpleNamespace(rehearsal=lambda config: ["trained: denoiser"])
+    rehearsal = types.SimpleNamespace(rehearsal=lambda config, *data: ["trained: denoiser"])
     monkeypatch.setitem(sys.modules, "library.training.rehearsal", rehearsal)
     monkeypatch.setattr(cli, "configure_logging", lambda config: None)
     return configs
@@ -248,7 +248,7 @@ def test_dry_run_output_runs_again(arguments, trained, tmp_path, capsys):
 
 def test_dry_run_checks_the_adapter_too(arguments, capsys):
     code, out, _ = run([*arguments, "--dry_run"], capsys)
-    assert (code, out.splitlines()[-2]) == (0, "trained: denoiser")
+    assert code == 0 and "trained: denoiser" in out.splitlines()
     code, _, err = run([*arguments, "--dry_run", "--network_args", "x_attn=0"], capsys)
     assert (code, err) == (2, ["error: --network_args: unknown name x_attn; did you mean x_attn_dim?"])
 

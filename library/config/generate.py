@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
+from library.config.memory import FORMAT_NAMES
 from library.config.options import option
 from library.config.sampling import SAMPLERS, SkipLayerGuidance
 
@@ -94,8 +95,26 @@ class GenerateConfig:
         "The type that the model computes in and that its weights are kept in; no means fp32.",
         choices=("no", "fp16", "bf16"),
     )
+    text_encoder_1_precision: str = option(
+        "no_change",
+        "Store the matrices of the first text encoder, CLIP-L or Gemma, in 8 or 4 bits, as in training.",
+        choices=("no_change", *FORMAT_NAMES),
+    )
+    text_encoder_2_precision: str = option(
+        "no_change", "The same for the second text encoder, CLIP-G.", choices=("no_change", *FORMAT_NAMES)
+    )
+    text_encoder_3_precision: str = option(
+        "no_change", "The same for the third text encoder, T5.", choices=("no_change", *FORMAT_NAMES)
+    )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps. auto takes an accelerator if any.")
     no_half_vae: bool = option(False, "Decode in fp32, for a VAE that gives black pictures in half precision.")
+    attn_mode: str = option(
+        "torch",
+        "Attention: torch, with the kernel that torch prefers; torch-cudnn, torch-flash or torch-efficient, with this "
+        "kernel wherever it can; or a package that must be installed: xformers, flash (flash-attn), or sage "
+        "(SageAttention, which computes in 8 bits: near the others and faster).",
+        choices=("torch", "torch-cudnn", "torch-flash", "torch-efficient", "xformers", "flash", "sage"),
+    )
     sdpa: bool = option(False, "Attention by torch's scaled_dot_product_attention, which is also the default.")
     xformers: bool = option(False, "Attention by xformers, which must be installed. By default torch's own.")
     validation_guidance_skip_layers: tuple[int, ...] = option(

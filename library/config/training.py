@@ -68,6 +68,12 @@ class TrainingConfig:
         "that updates smaller than bf16's last bit are learnt on average. The rounding follows --seed.",
         metadata_key="ss_stochastic_rounding",
     )
+    kahan_summation: bool = option(
+        False,
+        "With --full_bf16: each step is computed in fp32, and what rounding to bf16 takes from a weight is kept and "
+        "added back before the next step, so that no update is lost. Takes 2 bytes more per number.",
+        metadata_key="ss_kahan_summation",
+    )
     seed: int | None = option(
         None,
         "Seed of every random draw: the same seed gives the same draws on any number of devices. By default one is "
@@ -133,5 +139,9 @@ class TrainingConfig:
             problems.append("--resume_anyway does nothing without --resume; add it or remove --resume_anyway")
         if self.stochastic_rounding and not self.full_bf16:
             problems.append("--stochastic_rounding does nothing without --full_bf16; add it or remove it")
+        if self.kahan_summation and not self.full_bf16:
+            problems.append("--kahan_summation does nothing without --full_bf16; add it or remove it")
+        if self.kahan_summation and self.stochastic_rounding:
+            problems.append("--kahan_summation and --stochastic_rounding exclude each other; keep one")
         if problems:
             raise ConfigError("\n".join(problems))

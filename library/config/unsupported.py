@@ -21,8 +21,6 @@ REASONS: dict[str, str] = {
     "lowram": "parts are loaded one after another and leave memory when they are done, always. Remove it",
     "highvram": "the device's memory is given back between the caching and the training only. Remove it",
     "mem_eff_attn": "torch's own attention saves as much memory and is faster. Use --sdpa, or remove it",
-    "torch_compile": "the model isn't compiled. Remove it",
-    "dynamo_backend": "the model isn't compiled. Remove it",
     "huggingface_repo_id": _HUB,
     "huggingface_repo_type": _HUB,
     "huggingface_path_in_repo": _HUB,
@@ -42,8 +40,7 @@ REASONS: dict[str, str] = {
     "ddp_static_graph": "gradients are summed without DistributedDataParallel's graph. Remove it",
     "deepspeed": _SHARDING,
     "zero_stage": _SHARDING,
-    "offload_optimizer_device": _SHARDING,
-    "offload_optimizer_nvme_path": _SHARDING,
+    "offload_optimizer_nvme_path": "state goes to host memory only. Use --offload_optimizer_device cpu",
     "offload_param_device": _SHARDING,
     "offload_param_nvme_path": _SHARDING,
     "zero3_init_flag": _SHARDING,
@@ -56,9 +53,6 @@ REASONS: dict[str, str] = {
         "its settings are options: `python -m tools.import_simpletuner` translates them, to --network_module "
         "lycoris.kohya --network_dim 8 --network_args algo=lokr factor=16 and the like"
     ),
-    "text_encoder_1_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
-    "text_encoder_2_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
-    "text_encoder_3_precision": "the text encoders run in --mixed_precision. Cache their outputs to free their memory",
     "ema_cpu_only": "use --ema_device cpu, which is the default",
     "ema_foreach_disable": "the average is the same either way. Remove it",
     "validation_preview": "unfinished samples are written where --preview_every says how often. Remove it",
@@ -68,7 +62,7 @@ REASONS: dict[str, str] = {
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "webhook_config": "numbers go to --log_with and to the JSON-lines file beside the output. Remove it",
-    "attention_mechanism": "use --sdpa (the default) or --xformers",
+    "attention_mechanism": "use --attn_mode: torch (the default), auto, xformers, flash",
     "snr_gamma": "it weights the losses of noise-prediction models. Remove it, or see --weighting_scheme",
     "checkpoints_total_limit": "the limit is counted in steps: --save_last_n_steps",
 }

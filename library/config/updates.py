@@ -1,4 +1,4 @@
-"""What contradicts stepping one weight at a time, which fused backward and stochastic rounding do."""
+"""What contradicts stepping one weight at a time, which several options do."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,12 @@ from library.config.training import TrainingConfig
 
 def single_step_options(training: TrainingConfig, memory: MemoryConfig) -> tuple[str, ...]:
     """The given options that step one weight at a time."""
-    given = {"fused_backward_pass": memory.fused_backward_pass, "stochastic_rounding": training.stochastic_rounding}
+    given = {
+        "fused_backward_pass": memory.fused_backward_pass,
+        "stochastic_rounding": training.stochastic_rounding,
+        "kahan_summation": training.kahan_summation,
+        "offload_optimizer_device": memory.optimizer_state_on_host,
+    }
     return tuple(name for name, value in given.items() if value)
 
 
@@ -21,8 +26,26 @@ def update_problems(optimizer: OptimizerConfig, training: TrainingConfig, memory
                 f"--{name} steps one weight at a time, but {optimizer.name} {optimizer.over_all_parameters}; remove "
                 "it, or use an optimizer such as AdamW or CAME"
             )
-    if not memory.fused_backward_pass:
-        return
+    if memory.optimizer_state_on_host:
+        yield from _offload_problems(optimizer, training)
+    if memory.fused_backward_pass:
+        yield from _fused_backward_problems(optimizer, training)
+
+
+def _offload_problems(optimizer: OptimizerConfig, training: TrainingConfig) -> Iterator[str]:
+    if optimizer.name.rpartition(".")[2].startswith("Paged"):
+        yield (
+            f"--offload_optimizer_device cpu does nothing with {optimizer.name}, whose paged state goes to the host by "
+            "itself; remove one"
+        )
+    if training.mixed_precision == "fp16":
+        yield (
+            "--mixed_precision fp16 scales the loss and drops whole steps, but --offload_optimizer_device cpu steps "
+            "one weight at a time; use --mixed_precision bf16, or remove one"
+        )
+
+
+def _fused_backward_problems(optimizer: OptimizerConfig, training: TrainingConfig) -> Iterator[str]:
     if training.gradient_accumulation_steps > 1:
         yield (
             "--fused_backward_pass uses up each gradient at once, so --gradient_accumulation_steps "

@@ -22,7 +22,7 @@ from library.records import Batch
 
 __all__ = ["BatchReader", "make_loader"]
 
-_AHEAD = 2  # batches per worker that are read or wait to be used
+AHEAD = 2  # batches per worker that are read or wait to be used
 
 
 def make_loader(
@@ -63,7 +63,7 @@ def make_loader(
             batch_size=None,
             sampler=part,
             num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None,
+            prefetch_factor=AHEAD if workers else None,
             pin_memory=pin_memory,
             multiprocessing_context=(start_method or places.start_method()) if workers else None,
             worker_init_fn=_start_process,
@@ -90,7 +90,7 @@ def _by_threads(
 
     with ThreadPoolExecutor(workers, "loader", initializer=start_thread) as threads:
         try:
-            ahead = itertools.islice(micro_batches, _AHEAD * workers)
+            ahead = itertools.islice(micro_batches, AHEAD * workers)
             waiting = deque(threads.submit(read, micro_batch) for micro_batch in ahead)
             while waiting:
                 batch = waiting.popleft().result()

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from library.data.report_captions import Window
+from library.io.fp8_matrices import Fp8Matrices
+from library.nn.attention import AttentionShape
 from library.randomness import Draws
 from library.records import AdapterTargets, LatentFormat, ModelDescription, NoisedLatents, Resolution, TensorRecord
 
@@ -131,12 +133,24 @@ class ModelFamily(Protocol):
         """The text encoders by name, frozen, in eval mode: all of them, or those in ``names``."""
         ...
 
+    def text_shapes(self, rows: int) -> TensorRecord:
+        """Text features of so many captions on the meta device, fp32, of the length that the denoiser gets."""
+        ...
+
+    def encoder_numbers(self) -> Mapping[str, int]:
+        """How many numbers the weights of each text encoder have, from headers alone."""
+        ...
+
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
         """The VAE, frozen, in eval mode."""
         ...
 
     def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
         """The denoiser, frozen, in eval mode."""
+        ...
+
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the denoiser or of a text encoder, by the weights' names in its module."""
         ...
 
     def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> TensorRecord:
@@ -179,6 +193,10 @@ class ModelFamily(Protocol):
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The noise levels of a sampling run (steps + 1,), from 1 or a little below down to 0, fp32."""
+        ...
+
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """The softmax attention over a picture of this size that takes most of the time."""
         ...
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> Any:

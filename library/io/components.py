@@ -12,13 +12,13 @@ from library.config.errors import ConfigError
 from library.io.architectures import identify
 from library.io.header import Header
 from library.io.parts import Part
+from library.io.scaled_fp8 import ACTIVATION_SCALES, find_scales, is_beside, refuse_other_scales
 
 BASE = "--pretrained_model_name_or_path"
 OTHER_PARTS = r"(?:first_stage_model|vae|text_encoders|cond_stage_model|conditioner|model_ema)\."
 """How names of what lies beside a denoiser begin in a file with everything inside."""
 
 _READABLE_TYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3"})
-_SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant", "scaled_fp8")
 _BITSANDBYTES = (".absmax", ".quant_map", ".SCB", ".weight_format")
 
 
@@ -70,8 +70,7 @@ def find_part(component: Component, headers: tuple[Header, ...], title: str) -> 
     """
     part = _chosen(component, _candidates(component, headers, title))
     if part is not None:
-        _refuse_quantised(part)
-        _refuse_types(part)
+        _refuse_unusable(part)
     return part
 
 
@@ -105,8 +104,7 @@ def require_part(
             f"looks like {looks_like}" if looks_like else f"is not known (it holds {', '.join(list(shapes)[:3])}, ...)"
         )
         raise ConfigError(f"{title} {seen}, expected {component.expected}")
-    _refuse_quantised(part)
-    _refuse_types(part)
+    _refuse_unusable(part)
     return part
 
 
@@ -123,7 +121,11 @@ def _candidates(component: Component, headers: tuple[Header, ...], title: str) -
                 for name, stored in own.items()
                 if re.match(component.keep, name) and not re.match(component.drop, name)
             }
-            found.append(Part(title, headers, wanted, layout))
+            scales = find_scales(wanted, own)
+            beside = {*scales.values(), *(stored for name, stored in wanted.items() if is_beside(name))}
+            unused = tuple(stored for stored in wanted.values() if stored.endswith(ACTIVATION_SCALES))
+            weights = {name: stored for name, stored in wanted.items() if stored not in beside}
+            found.append(Part(title, headers, weights, layout, scales, unused))
     return found
 
 
@@ -143,12 +145,13 @@ def _chosen(component: Component, found: Sequence[Part]) -> Part | None:
     return next((part for part in unmarked if part.shapes[component.embedding][-1] == component.width), None)
 
 
-def _refuse_quantised(part: Part) -> None:
-    if scaled := [name for name in part.names if name.endswith(_SCALES)]:
-        raise ConfigError(
-            f"{part.title} holds fp8 weights with scales of their own ({scaled[0]}), which are not applied here, and "
-            "the weights are wrong without; use the fp16 or the plain fp8_e4m3fn file"
-        )
+def _refuse_unusable(part: Part) -> None:
+    _refuse_bitsandbytes(part)
+    _refuse_types(part)
+    refuse_other_scales(part)
+
+
+def _refuse_bitsandbytes(part: Part) -> None:
     if packed := [name for name in part.names if name.endswith(_BITSANDBYTES)]:
         raise ConfigError(
             f"{part.title} is quantised by bitsandbytes ({packed[0]}), and can't be trained; use fp16 or bf16"

@@ -1,9 +1,10 @@
 """One component of a model as it lies on disk: in a file of its own, among others in one file, or cut into shards."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,12 +28,17 @@ class Part:
         headers: The files.
         names: The component's own tensor name -> its name in the file.
         layout: Whose names those are: ``single`` (the single file's) or ``diffusers``.
+        scales: Weight that is stored in fp8, by the component's own name -> the name of its scale in the file
+            (``library.io.scaled_fp8``).
+        unused: Scales of activations, by their name in the file: left out.
     """
 
     title: str
     headers: tuple[Header, ...]
     names: Mapping[str, str]
     layout: str = "single"
+    scales: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -46,7 +52,11 @@ class Part:
 
     def header_of(self, name: str) -> Header:
         """The file that holds the tensor that the component calls ``name``."""
-        return self._holders[self.names[name]]
+        return self.holder(self.names[name])
+
+    def holder(self, stored: str) -> Header:
+        """The file that holds the tensor that is called ``stored`` there."""
+        return self._holders[stored]
 
     @cached_property
     def _holders(self) -> dict[str, Header]:
@@ -72,13 +82,18 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[Header, ...]:
     return (_read_file(path),)
 
 
+def number_count(part: Part) -> int:
+    """How many numbers a part's tensors have."""
+    return sum(math.prod(shape) for shape in part.shapes.values())
+
+
 def part_identity(part: Part) -> str:
     """This names the contents of a part, for the signature of what is computed with it; file names don't matter.
 
     Tensors up to 64 KiB count in full; of larger ones, the first and last 4 KiB and 14 blocks of that size evenly
     between them. A 16 GB file takes about a second. An edit that touches nothing but numbers between the blocks goes
     unnoticed; training, merging and conversion touch all numbers of a tensor. For pickles the archive's own checksums
-    count.
+    count. Scales of fp8 weights belong to the contents.
 
     Args:
         part: The component.
@@ -101,6 +116,14 @@ def part_identity(part: Part) -> str:
                 for offset, length in _samples(info.end - info.begin):
                     file.seek(header.data_start + info.begin + offset)
                     digest.update(file.read(length))
+    for name, stored in sorted(part.scales.items()):
+        header = part.holder(stored)
+        digest.update(f"scale of {name}\n".encode())
+        if header.format == "pickle":  # its checksum is in already
+            continue
+        with open(header.path, "rb") as file:
+            file.seek(header.data_start + header.tensors[stored].begin)
+            digest.update(file.read(header.tensors[stored].end - header.tensors[stored].begin))
     return digest.hexdigest()
 
 

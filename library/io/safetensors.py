@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from library.config.errors import ConfigError
 from library.io.atomic import atomic_path
 from library.io.header import Header, TensorInfo
 from library.io.parts import Part
@@ -83,7 +84,10 @@ def load_tensors(
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A part's tensors by its own names, each read when it is looked up and not kept. ``items()`` streams them."""
+    """A part's tensors by its own names, each read when it is looked up and not kept. ``items()`` streams them.
+
+    What is stored in fp8 with a scale comes as the product, in fp32.
+    """
 
     def __init__(self, part: Part, *, device: torch.device | str = "cpu", mmap: bool = True):
         self._part = part
@@ -92,7 +96,29 @@ class LazyTensors(Mapping[str, Tensor]):
         self._pickled: dict[Path, dict[str, Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        header, stored = self._part.header_of(name), self._part.names[name]
+        tensor = self.as_stored(name)
+        return tensor if name not in self._part.scales else tensor.float() * self.scale_of(name)
+
+    def as_stored(self, name: str) -> Tensor:
+        """The tensor as the file has it, without its scale."""
+        return self._read_stored(self._part.names[name])
+
+    def scale_of(self, name: str) -> Tensor:
+        """The scale () of a tensor, fp32; 1 where it has none.
+
+        Raises:
+            ConfigError: It isn't a finite number of 0 or more.
+        """
+        if name not in self._part.scales:
+            return torch.ones((), device=self._device)
+        stored = self._part.scales[name]
+        scale = self._read_stored(stored).float().reshape(())
+        if not scale.is_meta and not (0 <= scale.item() < math.inf):
+            raise ConfigError(f"{self._part.title}: the scale {stored} is {scale.item()}; download the file again")
+        return scale
+
+    def _read_stored(self, stored: str) -> Tensor:
+        header = self._part.holder(stored)
         if header.format == "pickle" and torch.device(self._device).type != "meta":
             if header.path not in self._pickled:
                 self._pickled[header.path] = load_pickle(header, mmap=self._mmap)

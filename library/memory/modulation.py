@@ -7,7 +7,6 @@ pass.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class StreamedModulation:
         self._asked: tuple[Tensor, int] | None = None
         self._answers: list[Tensor] = []
         for number, layer in enumerate(layers):
-            layer.forward = partial(self._answer, number)  # type: ignore[method-assign]
+            layer.forward = _Layer(self, number)  # type: ignore[method-assign, assignment]
 
     @property
     def host_bytes(self) -> int:
@@ -49,7 +48,8 @@ class StreamedModulation:
         """Memory of the slots through which they stream."""
         return sum(slot.numel() for slot in self._slots)
 
-    def _answer(self, number: int, conditioning: Tensor) -> Tensor:
+    def answer(self, number: int, conditioning: Tensor) -> Tensor:
+        """What a layer answers."""
         if conditioning.requires_grad:
             raise ValueError("the conditioning is trained, so modulation isn't a constant of the pass")
         asked = (conditioning, conditioning._version)
@@ -76,3 +76,14 @@ class StreamedModulation:
     def _fetch(self, number: int) -> None:
         slot, weights = number % len(self._slots), self._weights[number]
         self._transfers.fetch(weights.master, self._slots[slot][: weights.size], slot)
+
+
+class _Layer:
+    """A layer's ``forward``. No closure: torch.compile would look into it, and compile for each number anew."""
+
+    def __init__(self, modulation: StreamedModulation, number: int):
+        self._modulation, self._number = modulation, number
+
+    @torch.compiler.disable
+    def __call__(self, conditioning: Tensor) -> Tensor:
+        return self._modulation.answer(self._number, conditioning)

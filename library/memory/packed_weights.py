@@ -1,4 +1,4 @@
-"""Frozen tensors in one buffer on the host, from which a copy moves them all at once."""
+"""Weights in one buffer on the host, from which a copy moves them all at once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,8 +27,12 @@ class PackedWeights:
     """Tensors whose data lie in a buffer on the host, or in a copy of it.
 
     Args:
-        tensors: Frozen parameters and buffers of modules; they lie on the host afterwards.
+        tensors: Parameters and buffers of modules; they lie on the host afterwards.
         transfers: Makes the buffer.
+
+    Attributes:
+        master: The buffer on the host.
+        trained: Those of the tensors that are trained.
     """
 
     def __init__(self, tensors: Iterable[Tensor], transfers: Transfers):
@@ -39,6 +43,7 @@ class PackedWeights:
         self.master = transfers.host_buffer(begin)
         for place in self._places:
             place.view(self.master).copy_(place.tensor.data)
+        self.trained = [place.tensor for place in self._places if place.tensor.requires_grad]
         self.go_home()
 
     @property
@@ -59,3 +64,8 @@ class PackedWeights:
     def go_home(self) -> None:
         """Let the tensors' data be those on the host."""
         self.lie_in(self.master)
+
+    def stand_in(self, device: torch.device) -> None:
+        """Let the tensors seem to lie on a device: shape and type are theirs, the memory is that of one number."""
+        for place in self._places:
+            place.tensor.data = torch.empty((), dtype=place.dtype, device=device).expand(place.shape)

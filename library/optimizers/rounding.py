@@ -1,6 +1,7 @@
 """Stochastic rounding: weights in bf16 that still learn from updates smaller than their last bit."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +45,11 @@ class Rounding:
         generator = torch.Generator(weight.device)
         generator.manual_seed(seed_for(self.run_seed, "stochastic rounding", step, number))
         return round_stochastically(weight, generator)
+
+    def widened(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        """See ``library.optimizers.one_by_one.Narrowing``."""
+        return weight.detach().float()
+
+    def narrow(self, wide: Tensor, weight: Tensor, state: dict[str, Any], *, step: int, number: int) -> None:
+        """See ``library.optimizers.one_by_one.Narrowing``."""
+        weight.copy_(self.rounded(wide, step=step, number=number))

@@ -11,7 +11,7 @@ from typing import Any
 from library.config.command_line import CommandLine, help_text, read_command_line
 from library.config.errors import ConfigError
 from library.config.generate import GenerateConfig
-from library.config.memory import MemoryConfig
+from library.config.memory import MemoryConfig, encoder_problems
 from library.config.model import ModelConfig
 from library.config.options import DEFAULT
 from library.config.paths import folder_problem
@@ -39,7 +39,7 @@ class GenerateRun:
         model: Where the base model lies.
         family: The family's own options.
         generate: Adapters, precision, device, output.
-        memory: The attention.
+        memory: The attention, and how text encoders are stored.
         flow: Defaults; nothing is trained.
         loss: Defaults; nothing is trained.
     """
@@ -132,7 +132,16 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         raise ConfigError("\n".join(problems))
     files = family_files(family_name)
     description = files.describe(files.locate(model, family), family)
-    if wrong := skip_layer_problems(generate, description):
+    memory = MemoryConfig(
+        attn_mode=generate.attn_mode,
+        sdpa=generate.sdpa,
+        xformers=generate.xformers,
+        text_encoder_1_precision=generate.text_encoder_1_precision,
+        text_encoder_2_precision=generate.text_encoder_2_precision,
+        text_encoder_3_precision=generate.text_encoder_3_precision,
+    )
+    wrong = [*skip_layer_problems(generate, description), *encoder_problems(memory, description.text_encoders)]
+    if wrong:
         raise ConfigError("\n".join(wrong))
     return GenerateRun(
         family_name=family_name,
@@ -141,7 +150,7 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         model=model,
         family=family,
         generate=generate,
-        memory=MemoryConfig(sdpa=generate.sdpa, xformers=generate.xformers),
+        memory=memory,
         **{attribute: group() for attribute, group in options.OBJECTIVE_GROUPS.items()},
     )
 

@@ -15,6 +15,7 @@ from library.config.errors import ConfigError
 from library.config.sampling import SkipLayerGuidance
 from library.families import create_family
 from library.families.protocols import ModelFamily
+from library.families.stored_fp8 import stored_codes
 from library.nn.attention import attention_function
 from library.records import TensorRecord
 from library.sampling.drawing import draw
@@ -22,6 +23,7 @@ from library.sampling.generate_command import GenerateRun
 from library.sampling.pictures import encode_prompts
 from library.sampling.previews import Previews, fit_latent_colours
 from library.sampling.prompts import PromptText
+from library.text_encoders.few_bits import encoder_formats, quantize_encoder
 from networks.loading import adapter_components, layers_by_name, load_adapter, match_layers, read_adapter
 
 log = logging.getLogger(__name__)
@@ -129,7 +131,7 @@ def _encode(
     dtype: torch.dtype,
 ) -> dict[PromptText, TensorRecord]:
     """The conditioning of every text; the encoders are gone afterwards."""
-    encoders = family.load_text_encoders(device=device, dtype=dtype)
+    encoders = _load_encoders(run, family, device, dtype)
     _put_adapters(run, family, changed, encoders)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         texts = encode_prompts(family.text_strategy(), encoders, run.requests)
@@ -138,6 +140,21 @@ def _encode(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return texts
+
+
+def _load_encoders(
+    run: GenerateRun, family: ModelFamily, device: torch.device, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The text encoders on the device, those in fewer bits by way of the host."""
+    formats = encoder_formats(run.memory, family.description.text_encoders)
+    whole = [name for name in family.description.text_encoders if name not in formats]
+    encoders = family.load_text_encoders(device=device, dtype=dtype, names=whole)
+    for name, chosen in formats.items():
+        (encoder,) = family.load_text_encoders(device="cpu", dtype=dtype, names=[name]).values()
+        stored = stored_codes(family, name, encoder)
+        log.info(quantize_encoder(name, encoder, chosen, stored, device, via="accelerator"))
+        encoders[name] = encoder
+    return encoders
 
 
 def _put_adapters(

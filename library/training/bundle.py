@@ -23,6 +23,7 @@ from library.io.atomic import atomic_folder
 from library.io.header import read_header
 from library.io.safetensors import load_tensors, save_as_it_is
 from library.records import Batch, Resolution, TensorRecord
+from library.training.quantized_matmul import QUANTIZED_MATMUL
 from library.training.run import Run
 from library.training.shards import gathered
 from library.training.step import encoded
@@ -139,6 +140,7 @@ def write_bundle(
         # the order of a sum over more than two can't be had again, nor that of a norm over parts
         "same_sums": len(parts) <= 2 and not run.sharded,
         "loss_scale": scaler.get_scale() if scaler is not None else None,
+        **{name: run.origin[name] for name in (QUANTIZED_MATMUL,) if name in run.origin},
         "numbers": numbers.as_dict(),
         "versions": {
             "atelier": VERSION,

@@ -10,10 +10,13 @@ from torch import nn
 from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
-from library.nn.attention import attention_function
+from library.memory.compiling import check_compiler
+from library.training.attention import check_attention
+from library.training.encoder_precision import check_encoder_precision
 from library.training.jobs import job_of
 from library.training.optimizers import create_optimizer
 from library.training.precision import resolve_precision
+from library.training.quantized_matmul import check_instruction, gpu_capability
 from library.training.schedules import create_schedule
 from library.training.sharding_settings import asked_sharding
 from library.training.trackers import check_packages
@@ -38,11 +41,14 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
     checks: tuple[Callable[[], Any], ...] = (
         lambda: resolve_precision(config, accelerator_available=accelerator_available),
         lambda: check_packages(config.logging),
-        lambda: attention_function(config.memory.attention_backend),
+        lambda: check_attention(config, accelerator_available=accelerator_available),
+        lambda: _check_compiling(config, accelerator_available=accelerator_available),
         lambda: _try_optimizer(config),
         lambda: check_updates(config),
         lambda: asked_sharding(config, os.environ),
         lambda: job.check(config, family),
+        lambda: check_instruction(config.memory, gpu_capability() if accelerator_available else None),
+        lambda: check_encoder_precision(config.memory, family, job.check(config, family)),
         lambda: _rehearse(config, family),
     )
     problems: list[str] = []
@@ -54,6 +60,14 @@ def check_run(config: RunConfig, family: ModelFamily, *, accelerator_available: 
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return job.check(config, family)
+
+
+def _check_compiling(config: RunConfig, *, accelerator_available: bool) -> None:
+    if not config.memory.torch_compile:
+        return
+    check_compiler(config.memory.dynamo_backend, "cuda" if accelerator_available else "cpu")
+    if asked_sharding(config, os.environ) is not None:
+        raise ConfigError("--torch_compile doesn't go with weights that are spread over processes; remove one of them")
 
 
 def _try_optimizer(config: RunConfig) -> None:

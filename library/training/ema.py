@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from library.memory.block_swap import BlockSwap
 from library.training.shards import own_part
 
 
@@ -19,14 +20,17 @@ class WeightAverage:
         decay: How much of the average stays at an update, once it has settled.
         on_host: Keep it in host memory, where a thread updates it from a copy of the parameters while the device
             computes the next step; otherwise beside the parameters, which takes no copy.
+        swap: Takes some of them to and fro between host and device; None: they stay.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, on_host: bool):
-        self._parameters = dict(parameters)
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], decay: float, *, on_host: bool, swap: BlockSwap | None = None
+    ):
+        self._parameters, self._swap = dict(parameters), swap
         self._decay = decay
         self.updates = 0
         self._averages = {
-            name: part.to("cpu" if on_host else part.device, torch.float32, copy=True)
+            name: part.to(self._home_of(part, on_host=on_host), torch.float32, copy=True)
             for name, part in self._own_parts().items()
         }
         self._staged = {name: self._stage(name) for name in parameters} if on_host else {}
@@ -90,8 +94,9 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def _shown_beside(self) -> Iterator[None]:
-        if any(isinstance(parameter, DTensor) for parameter in self._parameters.values()):
-            # what gathers them reads their memory: the values must change there
+        sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
+        if sharded or self._swap is not None:
+            # what gathers them, or brings them to the device, reads their memory: the values must change there
             parts = {name: part.clone() for name, part in self._own_parts().items()}
             self._put_in(self._averages)
             try:
@@ -112,7 +117,14 @@ class WeightAverage:
         part = own_part(self._parameters[name])
         return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
 
+    def _home_of(self, part: Tensor, *, on_host: bool) -> torch.device:
+        if on_host:
+            return torch.device("cpu")
+        return part.device if self._swap is None else self._swap.device
+
     def _own_parts(self) -> dict[str, Tensor]:
+        if self._swap is not None:
+            self._swap.come_home()
         return {name: own_part(parameter) for name, parameter in self._parameters.items()}
 
     def _copy_out(self) -> torch.cuda.Event | None:
@@ -143,4 +155,4 @@ class WeightAverage:
 
 def _blend(averages: Mapping[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
     for name, average in averages.items():
-        average.lerp_(values[name].detach().float(), share)
+        average.lerp_(values[name].detach().to(average.device, torch.float32), share)

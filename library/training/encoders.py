@@ -16,8 +16,10 @@ from library.config.run import RunConfig
 from library.data.cache_keys import text_key
 from library.data.store import TensorStore
 from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.families.stored_fp8 import stored_codes
 from library.records import TensorRecord
 from library.sampling.prompts import PromptRequest, PromptText
+from library.text_encoders.few_bits import encoder_formats, quantize_encoder
 from library.training.data import (
     TrainingData,
     captions_of,
@@ -27,7 +29,9 @@ from library.training.data import (
     open_store,
     text_signature,
 )
+from library.training.encoder_precision import precision_signature
 from library.training.precision import Precision
+from library.training.stored_fp8 import log_fp8
 from networks.merge import merge
 
 log = logging.getLogger(__name__)
@@ -115,11 +119,17 @@ def load_encoders(
 ) -> dict[str, nn.Module]:
     """The text encoders by name, on ``device``; those in ``trained`` in the type given there."""
     log.info("loading the text encoders")
-    loaded = family.load_text_encoders(device=device, dtype=precision.frozen)
-    for name, dtype in trained.items():  # read anew, so that nothing is lost to a narrower type
-        if dtype != precision.frozen:
-            loaded |= family.load_text_encoders(device=device, dtype=dtype, names=[name])
+    formats = encoder_formats(config.memory, family.description.text_encoders)
+    loaded: dict[str, nn.Module] = {}
+    for name in family.description.text_encoders:
+        dtype = trained.get(name, precision.frozen)  # read in it, so that nothing is lost to a narrower type
+        home = torch.device("cpu") if name in formats else device
+        loaded |= family.load_text_encoders(device=home, dtype=dtype, names=[name])
+        log_fp8(config, family, name, dtype, trained=name in trained)
     merge_base_weights(config, family, loaded)
+    for name, chosen in formats.items():
+        stored = stored_codes(family, name, loaded[name])
+        log.info(quantize_encoder(name, loaded[name], chosen, stored, device, via=config.memory.quantize_via))
     return loaded
 
 
@@ -135,7 +145,7 @@ def prompt_readers(
 
 def cached_text_signature(config: RunConfig, text: TextEncodingStrategy, dtype: torch.dtype) -> dict[str, str]:
     """What stored text features depend on besides the caption; ``dtype`` is the encoders'."""
-    return {**text_signature(text, dtype), **base_weights_signature(config)}
+    return {**text_signature(text, dtype), **base_weights_signature(config), **precision_signature(config.memory)}
 
 
 class LatentPreparation:

@@ -12,6 +12,7 @@ from library.families.protocols import ModelFamily
 from library.io.atomic import atomic_folder
 from library.training.full_model import DENOISER, FullModel, text_encoder_rates
 from library.training.metadata import checkpoint_metadata
+from library.training.placing import swap_count
 from library.training.precision import Precision
 from library.training.run import Run
 from library.training.shards import gathered
@@ -30,6 +31,7 @@ class FullJob:
     def rehearse(self, config: RunConfig, family: ModelFamily) -> nn.Module:
         """See ``Job``."""
         roots = {DENOISER: family.load_denoiser(device="meta", dtype=torch.float32)}
+        swap_count(config.memory, len(family.blocks(roots[DENOISER])))
         trained = self.check(config, family)
         if trained != (DENOISER,):  # transformers' modules take seconds to import
             roots |= family.load_text_encoders(device="meta", dtype=torch.float32, names=trained)

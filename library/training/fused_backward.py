@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,17 @@ class FusedBackward:
         one_by_one: Steps single parameters.
         parameters: What the optimizer changes.
         names: Of the parameters, for messages.
+        stepped: Told of each parameter when it has stepped.
     """
 
-    def __init__(self, one_by_one: OneByOne, parameters: Sequence[nn.Parameter], names: Sequence[str]):
-        self.one_by_one, self.parameters, self.names = one_by_one, parameters, names
+    def __init__(
+        self,
+        one_by_one: OneByOne,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str],
+        stepped: Callable[[Tensor], None] | None = None,
+    ):
+        self.one_by_one, self.parameters, self.names, self._stepped = one_by_one, parameters, names, stepped
         # pinned, so that a GPU's norms arrive without holding anything up
         self._norms = torch.zeros(len(parameters), pin_memory=any(parameter.is_cuda for parameter in parameters))
         self._waiting: deque[_Arrived] = deque()
@@ -66,6 +73,12 @@ class FusedBackward:
         self.one_by_one.finish()
         return torch.linalg.vector_norm(self._norms)
 
+    def settle(self, weights: Sequence[Tensor]) -> None:
+        """Step those of these weights whose gradients still wait: they are about to leave the device."""
+        leaving = {id(weight) for weight in weights}
+        while any(id(self.parameters[arrived.number]) in leaving for arrived in self._waiting):
+            self._use_oldest()
+
     def _arrive(self, number: int, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
@@ -93,7 +106,10 @@ class FusedBackward:
                 norm,
                 self.names[arrived.number],
             )
-        self.one_by_one.step(self.parameters[arrived.number], arrived.gradient, self._step)
+        parameter = self.parameters[arrived.number]
+        self.one_by_one.step(parameter, arrived.gradient, self._step)
+        if self._stepped is not None:
+            self._stepped(parameter)
 
     def _refusal(self, what: str, state: str, value: float, parameter: str | None = None) -> NonFiniteLoss:
         message = (

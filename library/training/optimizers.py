@@ -40,6 +40,8 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "came8bit": ("library.optimizers.came", "CAME8bit", {}),
     "stableadamw": ("pytorch_optimizer", "StableAdamW", {}),
 }
+# What bitsandbytes keeps in paged memory.
+_PAGED = ("state1", "state2")
 _PACKAGES = {
     "lion_pytorch": "lion-pytorch",
     "came_pytorch": "came-pytorch",
@@ -86,6 +88,8 @@ def create_optimizer(
         settings.setdefault("fused", True)
     if optimizer_class.__module__.startswith("bitsandbytes") and device.type == "cpu":
         notes.append(f"no accelerator: {optimizer_class.__name__} runs bitsandbytes' CPU code; nothing is paged")
+    if optimizer_class.__module__.startswith("bitsandbytes") and settings.get("nesterov"):
+        notes.append(f"bitsandbytes' {optimizer_class.__name__} takes nesterov and ignores it: its momentum is plain")
     rate: float | None = learning_rate
     if settings.get("relative_step") is True:
         notes.append("Adafactor with relative_step sets the learning rate by itself; --learning_rate is not used")
@@ -160,16 +164,35 @@ def set_training_mode(optimizer: Optimizer, training: bool) -> None:
         switch()
 
 
-def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], *, smallest_on_host: int | None = None) -> None:
     """This loads what ``state_dict`` gave, each tensor in the type it had.
 
     torch gives floating-point state the type of its parameter, and so rounds what an optimizer keeps in fp32 beside
     parameters in bf16.
 
+    Args:
+        optimizer: Takes the state.
+        state: On the host.
+        smallest_on_host: Tensors of so many bytes and more stay there; None: all come to their parameter's device.
+
     Raises:
         ValueError: The state is another optimizer's, or of other parameters.
     """
-    optimizer.load_state_dict(state)
+    saved = {number: _unwrapped(optimizer, values) for number, values in state["state"].items()}
+    paged = getattr(optimizer, "is_paged", False)
+    staying = {
+        number: {
+            name: value
+            for name, value in values.items()
+            if (paged and name in _PAGED) or _is_as_large(value, smallest_on_host)
+        }
+        for number, values in saved.items()
+    }
+    moving = {
+        number: {name: value for name, value in values.items() if name not in staying[number]}
+        for number, values in saved.items()
+    }
+    optimizer.load_state_dict({**state, "state": moving})
     # bitsandbytes leaves the state where it was read, and moves it at its first step only
     if hasattr(optimizer, "to_gpu"):
         optimizer.to_gpu()
@@ -177,7 +200,27 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for parameter, number in zip(parameters, numbers):
         own = optimizer.state.get(parameter, {})
-        for name, saved in state["state"].get(number, {}).items():
+        for name, value in moving.get(number, {}).items():
             loaded = own.get(name)
-            if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != saved.dtype:
-                own[name] = saved.to(loaded.device)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                own[name] = value.to(loaded.device)
+        for name, value in staying.get(number, {}).items():
+            own[name] = _paged_again(optimizer, parameter, value) if paged else value
+
+
+def _paged_again(optimizer: Any, parameter: Tensor, value: Tensor) -> Tensor:
+    """A loaded tensor where the optimizer would have made it; bitsandbytes would leave it on the device for good."""
+    buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+    return buffer.copy_(value)
+
+
+def _unwrapped(optimizer: Optimizer, values: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's saved state; bitsandbytes hides its tensors from FSDP in a dictionary of their own."""
+    wrapped = getattr(optimizer, "_FSDP_WRAPPED_QUANT_STATE_KEY", None)
+    if wrapped not in values:
+        return values
+    return {**{name: value for name, value in values.items() if name != wrapped}, **values[wrapped]}
+
+
+def _is_as_large(value: Any, smallest: int | None) -> bool:
+    return smallest is not None and isinstance(value, Tensor) and value.nbytes >= smallest

@@ -1,7 +1,8 @@
-"""Where the weights of a frozen denoiser lie, and in how many bits: decided before anything is trained."""
+"""Where the denoiser's weights lie, and a frozen one's in how many bits: decided before anything is trained."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,27 @@ from library.memory.checkpointing import (
     recompute_all_but_attention,
 )
 from library.memory.modulation import StreamedModulation
-from library.memory.quantization import FORMATS, quantize_blocks
+from library.memory.quantization import FORMATS, Quantized, Stored, quantize_blocks
+from library.memory.state_transfers import StateTransfers
 from library.memory.transfers import CudaStash, CudaTransfers, Transfers
+from library.training.precision import Precision
 
 _MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """What moves tensors between host and device.
+
+    Attributes:
+        transfers: Makes what moves weights; None: nothing does.
+        stash: Where activations may wait on the host; None: nowhere.
+        states: Makes what moves the optimizer's state; None: nothing does.
+    """
+
+    transfers: Callable[[], Transfers] | None
+    stash: Stash | None
+    states: Callable[[], StateTransfers] | None
 
 
 def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:
@@ -29,7 +47,15 @@ def load_device(memory: MemoryConfig, device: torch.device) -> torch.device:
     return torch.device("cpu") if memory.changes_placement else device
 
 
-def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device: torch.device) -> list[str]:
+def place(
+    memory: MemoryConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    carriers: Carriers | None = None,
+    *,
+    stored: Stored | None = None,
+) -> list[str]:
     """Store a frozen denoiser as the options say, and bring to the device what belongs there.
 
     Args:
@@ -37,6 +63,8 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
         family: The model's parts.
         denoiser: As ``load_device`` says. Everything that changes its weights is done.
         device: Where the step runs.
+        carriers: Take the place of the device's own.
+        stored: Tells what the files have of a layer in fp8.
 
     Returns:
         What was decided, one line each.
@@ -49,9 +77,9 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
     denoiser.requires_grad_(False)
     blocks, notes = list(family.blocks(denoiser)), []
     if memory.base_format is not None:
-        notes.append(_quantize(memory, blocks, device))
+        notes.append(_quantize(memory, blocks, device, stored))
     on_device = list(_tensors(denoiser))
-    transfers = transfers_to(device)
+    transfers = transfers_to(device) if carriers is None else carriers.transfers
     if transfers is None:
         if memory.blocks_to_swap or memory.stream_modulation:
             notes.append("no accelerator: all weights are in host memory already, nothing is swapped or streamed")
@@ -66,22 +94,72 @@ def place(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module, device
                 f"stream through {modulation.device_bytes / _MIB:,.0f} MiB once a pass"
             )
         if memory.blocks_to_swap:
-            swap = BlockSwap(
-                blocks,
-                swap_count(memory, len(blocks)),
-                transfers(),
-                checkpointed=checkpointed(memory, len(blocks)),
-                elsewhere=elsewhere,
-            )
+            swap = _swap(memory, blocks, transfers(), elsewhere)
             moved |= {id(tensor) for tensor in swap.tensors}
-            notes.append(
-                f"block swap: {len(swap.numbers)} of {len(blocks)} blocks, {swap.host_bytes / _MIB:,.0f} MiB, are on "
-                f"the host and take turns in {swap.device_bytes / _MIB:,.0f} MiB"
-            )
+            notes.append(_swap_note(swap, len(blocks)))
         on_device = [tensor for tensor in on_device if id(tensor) not in moved]
     for tensor in on_device:
         tensor.data = tensor.data.to(device)
     return notes
+
+
+def place_trained(
+    memory: MemoryConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    precision: Precision,
+    carriers: Carriers | None = None,
+) -> tuple[BlockSwap | None, list[str]]:
+    """Bring to the device what belongs there of a denoiser that is trained whole; ``place`` is for frozen ones.
+
+    Args:
+        memory: The options.
+        family: The model's parts.
+        denoiser: As ``load_device`` says. Its parameters ask for gradients already.
+        device: Where the step runs.
+        precision: Of the weights and of what is computed.
+        carriers: Take the place of the device's own.
+
+    Returns:
+        What takes its weights to and fro, if anything does, and what was decided, one line each.
+
+    Raises:
+        ConfigError: More blocks should be swapped than there are.
+    """
+    if not memory.blocks_to_swap:
+        return None, []
+    blocks = list(family.blocks(denoiser))
+    transfers = transfers_to(device) if carriers is None else carriers.transfers
+    if transfers is None:
+        return None, ["no accelerator: all weights are in host memory already, nothing is swapped"]
+    swap = _swap(memory, blocks, transfers())
+    notes = [f"{_swap_note(swap, len(blocks))}; they travel back when they have changed"]
+    casts = precision.mixed != "no" and precision.trained == torch.float32
+    if casts and len(checkpointed(memory, len(blocks))) < len(blocks):
+        notes.append(
+            f"block swap: {precision.mixed} copies of weights in blocks that aren't checkpointed stay on the device "
+            "for the backward pass; --gradient_checkpointing drops them, --full_bf16 makes none"
+        )
+    swapped = {id(tensor) for tensor in swap.tensors}
+    for tensor in _tensors(denoiser):
+        if id(tensor) not in swapped:
+            tensor.data = tensor.data.to(device)
+    return swap, notes
+
+
+def _swap(
+    memory: MemoryConfig, blocks: list[nn.Module], transfers: Transfers, elsewhere: Sequence[Tensor] = ()
+) -> BlockSwap:
+    count, computed_again = swap_count(memory, len(blocks)), checkpointed(memory, len(blocks))
+    return BlockSwap(blocks, count, transfers, checkpointed=computed_again, elsewhere=elsewhere)
+
+
+def _swap_note(swap: BlockSwap, blocks: int) -> str:
+    return (
+        f"block swap: {len(swap.numbers)} of {blocks} blocks, {swap.host_bytes / _MIB:,.0f} MiB, are on the host and "
+        f"take turns in {swap.device_bytes / _MIB:,.0f} MiB"
+    )
 
 
 def check_placement(memory: MemoryConfig, family: ModelFamily, denoiser: nn.Module) -> None:
@@ -112,6 +190,8 @@ def swap_count(memory: MemoryConfig, blocks: int) -> int:
         ConfigError: The model hasn't so many.
     """
     asked = memory.blocks_to_swap or 0
+    if isinstance(asked, str):  # still to be found
+        return 0
     if asked > blocks:
         raise ConfigError(f"--blocks_to_swap {asked}: the model has {blocks} blocks; lower it")
     return asked
@@ -122,14 +202,16 @@ def checkpointed(memory: MemoryConfig, blocks: int) -> range:
     return range(0, blocks, memory.gradient_checkpointing_interval) if memory.gradient_checkpointing else range(0)
 
 
-def save_activations(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> list[str]:
+def save_activations(
+    memory: MemoryConfig, blocks: list[nn.Module], device: torch.device, carriers: Carriers | None = None
+) -> list[str]:
     """Let blocks forget activations, as the options say; returns what was decided, one line each."""
     if not memory.gradient_checkpointing:
         return []
     run: Checkpoint = recompute_all_but_attention if memory.gradient_checkpointing_keep_attention else recompute_all
     notes = []
     if memory.cpu_offload_checkpointing:
-        stash = stash_for(device)
+        stash = stash_for(device) if carriers is None else carriers.stash
         if stash is None:
             notes.append("no accelerator: checkpoints are in host memory already, none is moved")
         else:
@@ -148,20 +230,20 @@ def stash_for(device: torch.device) -> Stash | None:
     return None if device.type == "cpu" else CudaStash(device)
 
 
-def _quantize(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device) -> str:
+def _quantize(memory: MemoryConfig, blocks: list[nn.Module], device: torch.device, stored: Stored | None) -> str:
     assert memory.base_format is not None
     chosen = FORMATS[memory.base_format]
     before = sum(tensor.nbytes for block in blocks for tensor in _tensors(block))
-    layers = 0
+    done = Quantized(0, 0)
     for block in blocks:
         if memory.quantize_via == "accelerator":
             block.to(device)
-        layers += quantize_blocks([block], chosen)
+        done = Quantized(*map(sum, zip(done, quantize_blocks([block], chosen, stored))))
         block.to("cpu")
     after = sum(tensor.nbytes for block in blocks for tensor in _tensors(block))
     return (
-        f"base model in {chosen.name}: {layers} layers of {len(blocks)} blocks, {before / _MIB:,.0f} MiB, take "
-        f"{after / _MIB:,.0f} MiB"
+        f"base model in {chosen.name}: {done.layers} layers of {len(blocks)} blocks, {before / _MIB:,.0f} MiB, take "
+        f"{after / _MIB:,.0f} MiB" + (f"; {done.kept} layers are as the file has them" if done.kept else "")
     )
 
 

@@ -1,8 +1,16 @@
-"""What ``--dry_run`` tells beyond what needs no torch: what would be trained, and from which state it would go on."""
+"""What ``--dry_run`` tells beyond what needs no torch: what would be trained, from which state it would go on, and
+what it would take.
+"""
+
+from collections.abc import Sequence
 
 from library.config.run import RunConfig
+from library.data.buckets import Placement
+from library.data.report import DataReport
 from library.families import create_family
 from library.families.protocols import ModelFamily
+from library.records import Sample
+from library.training.before_start import dry_run_lines
 from library.training.checks import check_run
 from library.training.encoders import base_weights_signature
 from library.training.jobs import job_of
@@ -12,19 +20,29 @@ from library.training.setup import has_accelerator
 from library.training.states import refuse_other_weights
 
 
-def rehearsal(config: RunConfig) -> list[str]:
-    """This checks all that a run checks before it loads anything, the data apart, and says what it would do, in lines.
+def rehearsal(
+    config: RunConfig, samples: Sequence[Sample], placements: Sequence[Placement], report: DataReport
+) -> list[str]:
+    """This checks all that a run checks before it loads anything, and says what it would do and take, in lines.
+
+    Args:
+        config: The run.
+        samples: What it trains on.
+        placements: One per sample.
+        report: What is said about its data.
 
     Raises:
         ConfigError: All that is wrong, one line each.
     """
     family: ModelFamily = create_family(config.family_name, config)
-    trained = f"trained: {', '.join(check_run(config, family, accelerator_available=has_accelerator()))}"
+    available = has_accelerator()
+    trained = f"trained: {', '.join(check_run(config, family, accelerator_available=available))}"
     try:
         resumed = find_resumed(config)
     except RunIsComplete as told:
         return [trained, f"{told}; there would be nothing to do"]
-    return [trained, *(_resume_lines(config, family, resumed) if resumed is not None else ())]
+    lines = [trained, *(_resume_lines(config, family, resumed) if resumed is not None else ())]
+    return [*lines, *dry_run_lines(config, family, samples, placements, report, accelerator_available=available)]
 
 
 def _resume_lines(config: RunConfig, family: ModelFamily, resumed: Resumed) -> list[str]:

@@ -26,6 +26,7 @@ from library.training.loop import loss_sums
 from library.training.model_side import component_types, load_model_side
 from library.training.on_non_finite import bad_gradients
 from library.training.precision import resolve_precision
+from library.training.quantized_matmul import saved_matmul
 from library.training.setup import has_accelerator, start_accelerator
 from library.training.step import training_loss
 
@@ -137,7 +138,8 @@ def _load(bundle: Bundle, config: RunConfig) -> ReplayedRun:
     _, trained = component_types(config, family, job, precision)
     device = _device(bundle, accelerator)
     encoders = load_encoders(config, family, precision, device, trained) if bundle.has_tokens else {}
-    model = load_model_side(config, family, job, encoders, device, precision, seed=seed)
+    before = saved_matmul(bundle.facts)
+    model = load_model_side(config, family, job, encoders, device, precision, seed=seed, matmul=before)
     header, own = read_header(bundle.weights), model.trainable.state_dict()
     differing = [name for name in sorted({*header.tensors, *own}) if header.shapes.get(name) != _shape(own.get(name))]
     if differing:

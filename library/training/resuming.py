@@ -24,8 +24,12 @@ _FREE_OPTIONS = {
     *("clip_l", "clip_g", "t5xxl", "gemma", "base_weights"),  # files: what is in them is compared
 }
 _COMPARED_CACHING = {"caption_variants", "no_half_vae"}
-_COMPARED_MEMORY = {"base_model_precision"}
-_COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding"}
+_COMPARED_MEMORY = {
+    *("base_model_precision", "quantized_matmul", "torch_compile", "dynamo_backend", "compile_dynamic"),
+    *("text_encoder_1_precision", "text_encoder_2_precision", "text_encoder_3_precision"),
+}
+_COMPARED_TRAINING = {"mixed_precision", "full_fp16", "full_bf16", "stochastic_rounding", "kahan_summation"}
+_STEP_TYPE_OPTIONS = ("full_bf16", "full_fp16", "stochastic_rounding", "kahan_summation")
 
 # These describe data, and the datasets that come of them are compared; apart from what acts in the loss.
 _DATA_GROUPS = {"data", "pictures", "captions"}
@@ -55,7 +59,10 @@ def changes_since(
         ConfigError: Something differs that can't be gone on with, or something differs without ``--resume_anyway``.
     """
     progress = resumed.progress
-    other_optimizer = list(_optimizer_change(config, progress["settings"]))
+    other_optimizer = [
+        *_optimizer_change(config, progress["settings"]),
+        *_state_type_change(config, progress["settings"]),
+    ]
     changes = [*other_optimizer, *_option_changes(config, progress)]
     if config.training.seed is not None and config.training.seed != progress["seed"]:
         changes.append(f"--seed {config.training.seed} (the state: {progress['seed']})")
@@ -68,7 +75,7 @@ def changes_since(
     if other_optimizer or (changes and not config.training.resume_anyway):
         advice = "Leave them as they were, start a new run from the saved weights, or add --resume_anyway"
         if other_optimizer:
-            advice = "No optimizer goes on with the state of another; leave it as it was, or start a new run"
+            advice = "No optimizer goes on with such a state; leave it as it was, or start a new run"
         raise ConfigError(
             f"--resume {resumed.folder}: this is another run than the state's: {', '.join(changes)}. {advice}"
         )
@@ -79,6 +86,22 @@ def _optimizer_change(config: RunConfig, saved: Mapping[str, Any]) -> Iterator[s
     before = next((name for option, name in _OPTIMIZER_NAMES.items() if saved.get(option)), saved["optimizer_type"])
     if config.optimizer.name != before:
         yield f"--optimizer_type {config.optimizer.name} (the state: {before})"
+
+
+def _state_type_change(config: RunConfig, saved: Mapping[str, Any]) -> Iterator[str]:
+    """Optimizers fail where their state is of another type than what they step."""
+    training = config.training
+    own = _step_type({name: getattr(training, name) for name in _STEP_TYPE_OPTIONS})
+    before = _step_type(saved)
+    if own != before:
+        yield f"optimizer steps in {own} (the state: {before})"
+
+
+def _step_type(settings: Mapping[str, Any]) -> str:
+    """In which type the optimizer sees the weights."""
+    if settings["full_bf16"] and not (settings["stochastic_rounding"] or settings.get("kahan_summation", False)):
+        return "bf16"
+    return "fp16" if settings["full_fp16"] else "fp32"
 
 
 def _option_changes(config: RunConfig, progress: Mapping[str, Any]) -> Iterator[str]:

@@ -12,6 +12,8 @@ from torch import nn
 from library.config.run import RunConfig
 from library.data.plan import BatchPlan
 from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.memory.block_swap import BlockSwap
+from library.memory.compiling import Compiling
 from library.optimizers.one_by_one import OneByOne
 from library.records import Batch
 from library.training.ema import WeightAverage
@@ -55,11 +57,13 @@ class Run:
         average: The moving average of the trained weights, or None.
         metadata: Facts for saved files that are known before training.
         one_by_one: Steps the weights singly, where that is asked for.
-        origin: What states keep of where the run comes from, see ``prepare_data``.
+        origin: What states keep of where the run comes from, see ``prepare_data``, and of how it computes.
         last_state: The newest state that this process knows to be whole: what it wrote last, or went on from.
         fused_backward: Steps them during the backward pass, where that is asked for.
+        swap: Takes trained weights to and fro between host and device, where that is asked for.
         sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
             pass, and in whatever reads whole weights.
+        compiling: Compiles the denoiser's blocks and counts; None: nothing does.
         dropped: The steps so far whose numbers were not finite.
     """
 
@@ -88,9 +92,11 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    swap: BlockSwap | None = None
     sharded: bool = False
     origin: Mapping[str, Any] = field(default_factory=dict)
     last_state: Path | None = None
+    compiling: Compiling | None = None
     dropped: DroppedSteps = field(default_factory=DroppedSteps)
     hooks: Sequence["StepHook"] = ()
     step_numbers: dict[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from library.config.resolved import resolved_toml
 from library.config.run import RunConfig
 from library.config.sampling import SkipLayerGuidance
 from library.data.loader import BatchReader
-from library.data.report_lines import report_lines
+from library.data.report_lines import WARNING, report_lines
 from library.families import create_family
 from library.families.protocols import ModelFamily
 from library.io.atomic import write_text
@@ -27,11 +27,14 @@ from library.sampling.prompts import PromptRequest
 from library.sampling.requests import requested_samples
 from library.training import data as training_data
 from library.training import hooks
+from library.training.attention import AUTO, settle_attention
+from library.training.before_start import starting_lines, with_found_swaps
 from library.training.checks import check_run
 from library.training.ema import WeightAverage
 from library.training.encode_ahead import encode_ahead
 from library.training.encoders import LatentPreparation, TextSide, prepare_text
 from library.training.fused_backward import refuse_processes
+from library.training.host_memory import check_host_memory
 from library.training.jobs import job_of
 from library.training.launch import check_started
 from library.training.leftovers import clear_leftovers
@@ -40,7 +43,8 @@ from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
 from library.training.model_side import component_types, load_model_side
 from library.training.precision import Precision, resolve_precision
-from library.training.prepare_data import prepare_data
+from library.training.prepare_data import PreparedData, prepare_data
+from library.training.quantized_matmul import matmul_facts, saved_matmul
 from library.training.report import run_facts, run_lines
 from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
 from library.training.run import Run, StepHook
@@ -73,6 +77,8 @@ def run_training(config: RunConfig) -> int:
             taker.take(run, 0, "e000000")
         with run.stopper.listening():
             train(run)
+        if run.compiling is not None:
+            log.info(run.compiling.report)
     finally:
         run.close()
     return run.stop_code
@@ -99,15 +105,20 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         sharding = None
     if config.memory.fused_backward_pass:
         refuse_processes(accelerator.num_processes)
+    config, found = with_found_swaps(config, family, precision, accelerator.device)
+    check_host_memory(config, family, precision, accelerator.device)
     log.info("resolved configuration:\n%s", resolved_toml(config, with_defaults=False))
     if accelerator.is_main_process:
         clear_leftovers(config.saving)
     resumed = agree_on_resumed(config, accelerator)
+    if config.memory.attn_mode == AUTO:
+        config = settle_attention(config, family, resumed, accelerator)
+        family = create_family(config.family_name, config)
     seed = resolve_seed(config, resumed, accelerator)
     for name, folder in (("output_dir", config.saving.output_dir), ("cache_dir", config.local_cache_dir)):
         make_folder(name, folder)
-    for line in (*precision.notes, *(sharding.notes if sharding is not None else ())):
-        log.info(line)
+    for line in (*found, *precision.notes, *(sharding.notes if sharding is not None else ())):
+        log.log(logging.WARNING if line.startswith(WARNING) else logging.INFO, line.removeprefix(WARNING))
     if warning := family.description.precision_warnings.get(precision.mixed):
         log.warning(warning)
     text = family.text_strategy()
@@ -117,8 +128,17 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
     _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
+    forecast = foreseen(config, family, precision, prepared, accelerator, sharding)
     model = load_model_side(
-        config, family, job, text_side.encoders, accelerator.device, precision, seed=seed, sharding=sharding
+        config,
+        family,
+        job,
+        text_side.encoders,
+        accelerator.device,
+        precision,
+        seed=seed,
+        sharding=sharding,
+        matmul=saved_matmul(resumed.progress) if resumed is not None else None,
     )
     created = model.created
     reader = BatchReader(
@@ -168,6 +188,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         weight_dtype=precision.frozen,
         trackers=trackers,
         history=LossHistory(),
+        swap=model.swap,
         sharded=sharding is not None,
         metadata=run_metadata(
             config,
@@ -178,13 +199,15 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
             {
                 **run_facts(config, plan, prepared.max_steps, created.label, seed),
                 "num_validation_images": len(data.discovery.validation) or None,
+                "quantized_matmul": model.matmul and f"{model.matmul.forward} {model.matmul.backward}",
             },
         ),
-        origin=prepared.origin,
+        origin={**prepared.origin, **matmul_facts(model.matmul)},
+        compiling=model.compiling,
     )
     if config.ema.use_ema:
         on_host = config.ema.ema_device == "cpu"
-        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host)
+        run.average = WeightAverage(trained_parameters(run), config.ema.ema_decay, on_host=on_host, swap=run.swap)
     if config.caching.vae_cache_disable:
         run.batches = encode_ahead(run.batches, functools.partial(encoded, run), run.device)
     if resumed is not None:
@@ -200,10 +223,30 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     for line in lines:
         log.info(line)
     if prepared.report is not None:
-        comments = "".join(f"# {line}\n" for line in [*lines, *report_lines(prepared.report)])
+        comments = "".join(f"# {line}\n" for line in [*lines, *forecast, *report_lines(prepared.report)])
         with starting_files(config.saving.output_dir):
             write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
     return run, taker
+
+
+def foreseen(
+    config: RunConfig,
+    family: ModelFamily,
+    precision: Precision,
+    prepared: PreparedData,
+    accelerator: Accelerator,
+    sharding: ShardingSettings | None,
+) -> list[str]:
+    """Log what the run will take, on the main process, and return it in lines; a sharded run isn't foreseen."""
+    if sharding is not None or not accelerator.is_main_process:
+        return []
+    data = prepared.data
+    lines = starting_lines(
+        config, family, precision, accelerator.device, data.discovery.samples, data.placements, prepared.report
+    )
+    for line in lines:
+        log.log(logging.WARNING if line.startswith(WARNING) else logging.INFO, line.removeprefix(WARNING))
+    return lines
 
 
 def make_folder(name: str, folder: str) -> None:

@@ -94,6 +94,16 @@ def _misfits(config: RunConfig, asked_by: str) -> list[str]:
             f"--stochastic_rounding draws for whole weights, and with {asked_by} each process has a part of them; "
             "remove it"
         )
+    if config.training.kahan_summation:
+        problems.append(
+            f"--kahan_summation keeps the rests of whole weights, and with {asked_by} each process has a part of them; "
+            "remove it"
+        )
+    if config.memory.optimizer_state_on_host:
+        problems.append(
+            f"--offload_optimizer_device cpu moves whole states, and with {asked_by} each process has a part of them; "
+            "remove it, and let accelerate's configuration offload"
+        )
     if config.sampling.preview_every is not None:
         problems.append(
             f"--preview_every writes while a picture is made, and with {asked_by} the others would wait forever "

@@ -1,5 +1,6 @@
 """The state of a run, which a resumed run goes on from. It appears whole or not at all."""
 
+import contextlib
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from library.io.manifest import write_manifest
 from library.io.pickles import check_pickle
 from library.io.safetensors import load_tensors, save_tensors
 from library.io.torch_files import save_torch
+from library.memory.state_offload import SMALLEST
 from library.training import sharded_states
 from library.training.configured import changed_arguments, group_settings, take_settings
 from library.training.finite_optimizer import refuse_non_finite_optimizer
@@ -40,6 +42,8 @@ def save_state(run: Run, stem: str, done: int) -> Path | None:
     """
     target = Path(run.config.saving.output_dir) / f"{stem}-state"
     main = run.accelerator.is_main_process
+    if run.one_by_one is not None:
+        run.one_by_one.settle()
     with saving_together(run, lambda: _size(run)):
         if main or run.sharded:
             refuse_non_finite_weights(run, done)
@@ -133,7 +137,9 @@ def restore_state(run: Run, folder: str, progress: dict[str, Any]) -> None:
             sharded_states.read(run, Path(folder), state["optimizer"], weights=TRAINABLE, average=AVERAGE)
         else:
             run.trainable.load_state_dict(dict(load_tensors(read_header(Path(folder) / TRAINABLE))))
-            load_optimizer_state(inner, state["optimizer"])
+            on_host = SMALLEST if run.config.memory.optimizer_state_on_host else None
+            with run.swap.stand_ins() if run.swap is not None else contextlib.nullcontext():
+                load_optimizer_state(inner, state["optimizer"], smallest_on_host=on_host)
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"--resume {folder}: the optimizer's state doesn't fit this --optimizer_type: {error}"

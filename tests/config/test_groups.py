@@ -48,6 +48,11 @@ from library.config.validation import ValidationConfig
         (lambda: TrainingConfig(full_bf16=True, mixed_precision="no"), "--full_bf16 needs --mixed_precision bf16"),
         (lambda: TrainingConfig(full_bf16=True, full_fp16=True), "exclude each other"),
         (lambda: TrainingConfig(stochastic_rounding=True), "--stochastic_rounding does nothing without --full_bf16"),
+        (lambda: TrainingConfig(kahan_summation=True), "--kahan_summation does nothing without --full_bf16"),
+        (
+            lambda: TrainingConfig(full_bf16=True, kahan_summation=True, stochastic_rounding=True),
+            "--kahan_summation and --stochastic_rounding exclude each other",
+        ),
         (lambda: MemoryConfig(sdpa=True, xformers=True), "--sdpa and --xformers exclude each other"),
         (lambda: MemoryConfig(gradient_checkpointing_interval=2), "does nothing without --gradient_checkpointing"),
         (lambda: ValidationConfig(validate_every_n_steps=1, validate_every_n_epochs=1), "exclude each other"),

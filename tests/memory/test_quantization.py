@@ -29,6 +29,14 @@ def test_a_matrix_comes_back_as_near_as_its_bits_allow(name):
     assert torch.equal(zeros, torch.zeros(2, GROUP))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_numbers_are_rounded_once_from_fp32_products(name, dtype):
+    codes, scales = FORMATS[name].quantize(normal(48, GROUP) * torch.logspace(-3, 1, 48)[:, None])
+    expected = (codes.float() * scales).to(dtype)
+    assert torch.equal(FORMATS[name].dequantize(codes, scales, dtype), expected)
+
+
 @pytest.mark.reference
 def test_nf4_is_that_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -81,7 +89,7 @@ def test_what_is_no_matrix_is_left_alone():
     )
     assert [can_quantize(layer, FORMATS["nf4"]) for layer in block] == [True, False, False, False, False]
     assert [can_quantize(layer, FORMATS["int8"]) for layer in block] == [True, True, False, False, False]
-    assert quantize_blocks([block], FORMATS["int8"]) == 2
+    assert quantize_blocks([block], FORMATS["int8"]) == (2, 0)
     assert hasattr(block[3], "weight") and not hasattr(block[1], "weight")
 
 

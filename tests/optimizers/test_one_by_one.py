@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from library.config.optimizer import OPTIMIZER_NAMES, OptimizerConfig
+from library.optimizers.kahan import KahanSummation
 from library.optimizers.one_by_one import OneByOne, steps_apart
 from library.optimizers.rounding import Rounding
 from library.training.optimizers import create_optimizer, load_optimizer_state
@@ -83,7 +84,7 @@ def test_so_is_one_whose_step_needs_every_gradient():
 
 
 def trained(name, dtype, rounding):
-    """How far 20 steps along noisy gradients move weights of 1 on average."""
+    """How far 20 steps along noisy gradients move weights of 1 on average, with what Kahan summation keeps of them."""
     weight = nn.Parameter(torch.ones(200, 100, dtype=dtype))
     rate = 1e-6 if name.startswith("CAME") else 1e-4  # its confidence makes large first steps
     settings = ["weight_decay=0"] + ["kahan_sum=False"] * (name == "StableAdamW")  # kahan_sum is its own remedy
@@ -93,7 +94,7 @@ def trained(name, dtype, rounding):
     for step in range(20):
         one_by_one.step(weight, 1 + 0.5 * gradient(weight, step), step)
         one_by_one.finish()
-    return 1 - weight.float().mean().item()
+    return 1 - KahanSummation().widened(weight, optimizer.state[weight]).mean().item()
 
 
 @pytest.mark.parametrize("name", ["AdamW", "CAME", "CAME8bit", "Lion", "Adafactor", "StableAdamW", "AdamW8bit"])
@@ -102,12 +103,14 @@ def test_small_updates_survive_in_bf16_on_average(name):
     assert expected > 1e-4
     assert trained(name, torch.bfloat16, None) < 0.1 * expected, "rounding to the nearest should lose this update"
     assert trained(name, torch.bfloat16, Rounding(0)) == pytest.approx(expected, rel=0.1)
+    assert trained(name, torch.bfloat16, KahanSummation()) == pytest.approx(expected, rel=0.01)  # bf16 gradients
 
 
+@pytest.mark.parametrize("rounding", [Rounding(3), KahanSummation()], ids=["stochastic", "kahan"])
 @pytest.mark.parametrize("name", ["AdamW", "CAME8bit", "AdamW8bit", "StableAdamW", "PagedLion8bit"])
-def test_a_loaded_state_goes_on_exactly_with_rounding(name, tmp_path):
+def test_a_loaded_state_goes_on_exactly_with_rounding(name, rounding, tmp_path):
     weights, optimizer = made(name, torch.bfloat16)
-    one_by_one = OneByOne(optimizer, Rounding(3))
+    one_by_one = OneByOne(optimizer, rounding)
     for step in range(3):
         step_singly(one_by_one, weights, step)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
@@ -115,7 +118,7 @@ def test_a_loaded_state_goes_on_exactly_with_rounding(name, tmp_path):
     for weight, other in zip(again, weights):
         weight.data.copy_(other.data)
     load_optimizer_state(fresh, torch.load(tmp_path / "state.pt", weights_only=True))
-    resumed = OneByOne(fresh, Rounding(3))
+    resumed = OneByOne(fresh, rounding)
     for step in range(3, 6):
         step_singly(one_by_one, weights, step)
         step_singly(resumed, again, step)

@@ -239,3 +239,13 @@ def test_help_is_light():
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     for name in ("--prompt", "--clip_l", "--network_weights", "--validation_guidance_skip_layers", "--dry_run"):
         assert name in printed
+
+
+def test_text_encoders_in_few_bits_give_nearly_the_same_picture(model, adapter, tmp_path):
+    base = ["--pretrained_model_name_or_path", model, "--prompt", "a cat", "--seed", "3", "--network_weights", adapter]
+    few = [word for number in (1, 2, 3) for word in (f"--text_encoder_{number}_precision", "int8-quanto")]
+    (whole,), (near,) = (run(tmp_path, *base, *more) for more in ([], few))
+    one, other = (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() for picture in (whole, near)
+    )
+    assert 0 < (one - other).abs().mean() < 4

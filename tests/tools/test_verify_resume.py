@@ -95,9 +95,9 @@ def test_the_tool_says_equal(trainer, tmp_path, capsys):
 def test_what_a_broken_resume_changes_is_named(trainer, tmp_path, monkeypatch, here):
     load = states.load_optimizer_state
 
-    def broken(optimizer, state):
+    def broken(optimizer, state, **options):
         state["state"][0]["exp_avg"].mul_(1.5)
-        load(optimizer, state)
+        load(optimizer, state, **options)
 
     def tamper(state):
         assert state == tmp_path / PARTS / f"{NAME}-step00000002-state"

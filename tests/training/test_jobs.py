@@ -26,20 +26,6 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_caches_workers_and_checkpointing_change_nothing(job):
-    variants = {
-        "plain": CACHED,
-        "disk": {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True},
-        "workers": {**CACHED, "max_data_loader_n_workers": 2},
-        "checkpointed": {**CACHED, "gradient_checkpointing": True},
-        "every second": {**CACHED, "gradient_checkpointing": True, "gradient_checkpointing_interval": 2},
-    }
-    for name, options in variants.items():
-        assert job(name, **options) == 0
-        assert equal(job.trainer.weights(name), job.trainer.weights("plain")), name
-        assert job.trainer.losses(name) == job.trainer.losses("plain"), name
-
-
 def test_accumulation_is_a_larger_batch(job):
     one = job.trainer.dataset()
     text = one.read_text()

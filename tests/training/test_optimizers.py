@@ -108,3 +108,28 @@ def test_a_loaded_state_goes_on_exactly(name, dtype, tmp_path):
         step(weight, optimizer, number)
         step(again, fresh, number)
         assert torch.equal(again, weight), number
+
+
+def test_paged_state_is_loaded_into_paged_memory(monkeypatch):
+    weight, loss_of = problem()
+    optimizer = create("PagedAdamW8bit", weight).optimizer
+    loss_of().backward()
+    optimizer.step()
+    fresh = create("PagedAdamW8bit", weight).optimizer
+    pages = []
+
+    def page(parameter, dtype):
+        pages.append(torch.full_like(parameter, 7, dtype=dtype))
+        return pages[-1]
+
+    monkeypatch.setattr(fresh, "get_state_buffer", page)  # which a CPU has none of
+    load_optimizer_state(fresh, optimizer.state_dict())
+    state = fresh.state[weight]
+    assert state["state1"] is pages[0] and state["state2"] is pages[1]
+    assert all(torch.equal(state[name], optimizer.state[weight][name]) for name in ("state1", "state2", "absmax1"))
+
+
+def test_momentum_that_is_not_nesterovs_is_said_to_be_so():
+    weight, _ = problem()
+    assert any("its momentum is plain" in note for note in create("SGDNesterov8bit", weight).notes)
+    assert not create("SGDNesterov", weight).notes

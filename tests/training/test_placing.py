@@ -9,6 +9,7 @@ import torch
 
 from library.training import placing
 from tests.memory.late_transfers import LateTransfers
+from tests.training.ranks import in_processes
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 NO_MODULATION = {"network_args": ["x_mod_dim=0", "context_mod_dim=0"]}
@@ -73,20 +74,29 @@ def test_swapped_blocks_train_with_the_same_bytes(job):
         "offloaded": {"blocks_to_swap": 2, **checkpointing, "cpu_offload_checkpointing": True},
         "every second": {"blocks_to_swap": 3, **checkpointing, "gradient_checkpointing_interval": 2},
     }
+    if job.trainer.family == "sd3":  # the same machinery
+        variants = {name: variants[name] for name in ("swapped", "offloaded")}
     for name, options in variants.items():
         (transfers,) = job(name, moved=True, **options)
         assert transfers.fetched
         same(job.trainer, name, "plain")
 
 
+def test_two_processes_swap_each_for_itself(job):
+    options = {"max_train_steps": 2, "gradient_checkpointing": True}
+    assert in_processes(2, lambda rank: len(job("plain", **options))) == [0, 0]
+    assert in_processes(2, lambda rank: len(job("swapped", moved=True, blocks_to_swap=2, **options))) == [1, 1]
+    same(job.trainer, "swapped", "plain")
+
+
 def test_a_quantised_base_swaps_with_the_same_bytes_and_trains_near_the_plain_one(job):
     assert job("plain") == []
-    for precision, near in (("int8", 0.01), ("nf4-bnb", 0.1)):
-        job("quantised", base_model_precision=precision, quantize_via="cpu")
-        assert job("moved", moved=True, base_model_precision=precision, blocks_to_swap=3)
-        same(job.trainer, "moved", "quantised")
-        losses, plain = job.trainer.losses("quantised"), job.trainer.losses("plain")
-        assert losses != plain and losses == pytest.approx(plain, rel=near)
+    precision, near = {"sd3": ("nf4-bnb", 0.1), "sana": ("int8", 0.01)}[job.trainer.family]
+    job("quantised", base_model_precision=precision, quantize_via="cpu")
+    assert job("moved", moved=True, base_model_precision=precision, blocks_to_swap=3)
+    same(job.trainer, "moved", "quantised")
+    losses, plain = job.trainer.losses("quantised"), job.trainer.losses("plain")
+    assert losses != plain and losses == pytest.approx(plain, rel=near)
 
 
 def test_modulation_streams_once_a_pass(job, capsys):
@@ -108,16 +118,24 @@ def test_what_can_not_be_is_said_before_anything_is_loaded(job, capsys, full_tra
     assert "--blocks_to_swap 4: the model has 3 blocks; lower it" in capsys.readouterr().err
     assert full_trainer("out", blocks_to_swap=1, base_model_precision="int8", stream_modulation=True) == 2
     error = capsys.readouterr().err
-    for name in ("blocks_to_swap", "base_model_precision", "stream_modulation"):
+    for name in ("base_model_precision", "stream_modulation"):
         assert f"error: --{name} is for weights that stay as they are" in error
+    assert "error: --blocks_to_swap 1 in a full fine-tune needs --fused_backward_pass" in error
+    assert full_trainer("out", blocks_to_swap=4, fused_backward_pass=True, max_grad_norm=0) == 2
+    assert "--blocks_to_swap 4: the model has 3 blocks; lower it" in capsys.readouterr().err
     assert job.trainer("out", **CACHED, cpu_offload_checkpointing=True, quantize_via="cpu") == 2
     error = capsys.readouterr().err
     assert "--cpu_offload_checkpointing does nothing without --gradient_checkpointing" in error
     assert "--quantize_via does nothing without --base_model_precision" in error
 
 
-def test_on_the_host_nothing_moves_and_that_is_said(job, capsys):
+def test_on_the_host_nothing_moves_and_that_is_said(job, capsys, full_trainer):
     options = {"blocks_to_swap": 2, "gradient_checkpointing": True, "cpu_offload_checkpointing": True}
     assert job("out", **options) == []
     told = capsys.readouterr().err
     assert "nothing is swapped or streamed" in told and "none is moved" in told
+    if job.trainer.family == "sana":
+        return
+    fused = {"fused_backward_pass": True, "max_grad_norm": 0}
+    assert full_trainer("full", **fused, blocks_to_swap=1, cache_latents=True, max_train_steps=1) == 0
+    assert "nothing is swapped" in capsys.readouterr().err

@@ -31,10 +31,10 @@ def loaded(monkeypatch) -> list[str]:
     for name in ("load_vae", "load_text_encoders", "load_denoiser"):
         original = getattr(Sd3Family, name)
 
-        def watched(self, *, device, dtype, name=name, original=original):
-            if torch.device(device).type != "meta":
+        def watched(self, *, name=name, original=original, **options):
+            if torch.device(options["device"]).type != "meta":
                 parts.append(name)
-            return original(self, device=device, dtype=dtype)
+            return original(self, **options)
 
         monkeypatch.setattr(Sd3Family, name, watched)
     return parts

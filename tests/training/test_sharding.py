@@ -188,6 +188,12 @@ def test_bf16_computes_as_in_one_process(sana_trainer):
             {"mixed_precision": "bf16", "full_bf16": True, "stochastic_rounding": True},
             "--stochastic_rounding draws for whole weights",
         ),
+        (
+            FSDP,
+            {"mixed_precision": "bf16", "full_bf16": True, "kahan_summation": True},
+            "--kahan_summation keeps the rests of whole weights",
+        ),
+        (FSDP, {"offload_optimizer_device": "cpu"}, "--offload_optimizer_device cpu moves whole states, and with FSDP"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "this program's --gradient_checkpointing"),
         ({**FSDP, "FSDP_IGNORED_MODULES": "x_embedder"}, {}, "ignored modules (x_embedder)"),
         ({**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, {}, "HYBRID_SHARD is not supported"),

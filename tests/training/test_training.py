@@ -59,34 +59,6 @@ def test_the_written_configuration_gives_the_same_run_again(trainer):
     assert equal(trainer.weights("first"), trainer.weights("second"))
 
 
-@pytest.mark.parametrize(
-    ("options", "stop"),
-    [
-        pytest.param(CACHED_ON_DISK, 2, id="cached, at an epoch's end"),
-        pytest.param(CACHED_ON_DISK, 3, id="cached, in an epoch"),
-        pytest.param({}, 3, id="text encoders trained"),
-        pytest.param({"network_dropout": 0.3, "network_args": ["rank_dropout=0.2"], **CACHED}, 3, id="dropout"),
-        pytest.param({"gradient_accumulation_steps": 2, **CACHED}, 3, id="accumulation"),
-        pytest.param({"optimizer_type": "AdamWScheduleFree", **CACHED}, 3, id="schedule-free"),
-        pytest.param({"optimizer_type": "Prodigy", "learning_rate": 1.0, **CACHED}, 3, id="Prodigy"),
-        pytest.param({"optimizer_type": "AdamW8bit", **CACHED}, 3, id="AdamW8bit"),
-        pytest.param(
-            {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "mixed_precision": "bf16", **CACHED}, 3, id="bf16"
-        ),
-    ],
-)
-def test_a_resumed_run_ends_with_the_same_bytes(trainer, options, stop):
-    options = {**options, "max_train_steps": 5}
-    assert trainer("whole", **options) == 0
-    assert trainer("parts", **options, save_every_n_steps=stop, save_state=True) == 0
-    state = trainer.folder / "parts" / f"run-step{stop:08d}-state"
-    assert equal(trainer.weights("whole"), trainer.weights("parts")), "saving changed the run"
-    assert trainer("resumed", **options, resume=state, max_data_loader_n_workers=1) == 0
-    assert equal(trainer.weights("whole"), trainer.weights("resumed"))
-    whole, resumed = trainer.losses("whole"), trainer.losses("resumed")
-    assert resumed == {step: loss for step, loss in whole.items() if step > stop}
-
-
 def test_a_resumed_run_goes_on_with_its_log_and_its_seed(trainer):
     assert trainer("out", **CACHED, max_train_steps=3, save_state_on_train_end=True, seed=None) == 0
     before = (trainer.folder / "out" / "run-log.jsonl").read_text()
@@ -114,25 +86,6 @@ def test_a_warm_start_loads_no_encoder(trainer, capsys):
     assert equal(trainer.weights("cold"), trainer.weights("warm"))
     pictures = [(trainer.folder / name / "sample" / "run_000004_00_5.png").read_bytes() for name in ("cold", "warm")]
     assert pictures[0] == pictures[1]
-
-
-def test_cache_modes_workers_and_checkpointing_give_the_same_losses(trainer):
-    base = {"network_train_unet_only": True, "max_train_steps": 4}
-    assert trainer("online", **base) == 0
-    expected = trainer.losses("online")
-    variants = {
-        "memory": CACHED,
-        "disk": CACHED_ON_DISK,
-        "warm": CACHED_ON_DISK | {"cache_dir": trainer.folder / "disk" / "cache"},
-        "workers": CACHED | {"max_data_loader_n_workers": 2},
-        "checkpointing": CACHED | {"gradient_checkpointing": True},
-        "interval": CACHED | {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2},
-    }
-    for name, options in variants.items():
-        assert trainer(name, **{**base, **options}) == 0
-        assert trainer.losses(name) == pytest.approx(expected, rel=1e-5), name
-    assert trainer.losses("memory") == trainer.losses("disk") == trainer.losses("workers") == trainer.losses("warm")
-    assert trainer.losses("memory") == trainer.losses("checkpointing") == trainer.losses("interval")
 
 
 def test_a_batch_split_over_an_accumulation_gives_the_same_steps(trainer):

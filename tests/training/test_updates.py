@@ -16,7 +16,9 @@ CACHED_ON_DISK = {
     "network_train_unet_only": True,
 }
 ROUNDED = {"mixed_precision": "bf16", "full_bf16": True, "stochastic_rounding": True}
+KAHAN = {"mixed_precision": "bf16", "full_bf16": True, "kahan_summation": True}
 FUSED = {"fused_backward_pass": True, "max_grad_norm": 0}
+AWAY = {"offload_optimizer_device": "cpu"}
 
 
 def equal(first: dict, second: dict) -> bool:
@@ -54,9 +56,13 @@ def test_text_encoders_train_fused_too(trainer):
 
 
 @pytest.mark.parametrize("fused", [{}, FUSED], ids=["whole", "fused"])
-@pytest.mark.parametrize("optimizer", ["AdamW", "CAME8bit"])
-def test_a_resumed_run_rounds_as_the_whole_one(trainer, optimizer, fused):
-    options = {**CACHED_ON_DISK, **ROUNDED, **fused, "optimizer_type": optimizer, "max_train_steps": 5}
+@pytest.mark.parametrize(
+    ("optimizer", "rounding"),
+    [("AdamW", ROUNDED), ("CAME8bit", ROUNDED), ("AdamW", KAHAN)],
+    ids=["AdamW", "CAME8bit", "Kahan"],
+)
+def test_a_resumed_run_rounds_as_the_whole_one(trainer, optimizer, rounding, fused):
+    options = {**CACHED_ON_DISK, **rounding, **fused, "optimizer_type": optimizer, "max_train_steps": 5}
     assert trainer("whole", **options, save_every_n_steps=3, save_state=True) == 0
     state = trainer.folder / "whole" / "run-step00000003-state"
     assert trainer("resumed", **options, resume=state) == 0
@@ -80,6 +86,24 @@ def test_rounding_learns_what_the_nearest_loses(trainer):
     assert not equal(trainer.weights("seeded"), other)
 
 
+def test_what_kahan_summation_keeps_is_saved_and_dropped_with_it(trainer, capsys):
+    def rests(name):
+        saved = torch.load(trainer.folder / name / "run-state" / "optimizer.pt", weights_only=True)
+        return sum("kahan_rest" in state for state in saved["optimizer"]["state"].values())
+
+    options = {**CACHED_ON_DISK, **KAHAN, "save_state_on_train_end": True}
+    assert trainer("kept", **options, max_train_steps=1) == 0
+    assert rests("kept") == len(trainer.weights("kept")) * 2 // 3  # of down and up, not of alpha
+    options |= {"kahan_summation": None, "resume": trainer.folder / "kept" / "run-state", "max_train_steps": 2}
+    assert trainer("other", **options, resume_anyway=True) == 2
+    assert "optimizer steps in bf16 (the state: fp32)" in capsys.readouterr().err
+    options["stochastic_rounding"] = True
+    assert trainer("other", **options) == 2
+    assert "--kahan_summation False (the state: True)" in capsys.readouterr().err
+    assert trainer("without", **options, resume_anyway=True) == 0
+    assert rests("without") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -92,6 +116,16 @@ def test_rounding_learns_what_the_nearest_loses(trainer):
         ({**ROUNDED, "optimizer_type": "prodigyopt.Prodigy"}, "with prodigyopt.Prodigy that is not the same"),
         ({**FUSED, "optimizer_type": "schedulefree.SGDScheduleFree"}, "schedulefree.SGDScheduleFree that is not the"),
         ({"stochastic_rounding": True}, "--stochastic_rounding does nothing without --full_bf16"),
+        ({**KAHAN, "optimizer_type": "DAdaptAdam"}, "--kahan_summation steps one weight at a time, but DAdaptAdam est"),
+        ({**AWAY, "optimizer_type": "Prodigy"}, "--offload_optimizer_device steps one weight at a time, but Prodigy"),
+        ({**AWAY, "optimizer_type": "prodigyopt.Prodigy"}, "with prodigyopt.Prodigy that is not the same"),
+        ({**AWAY, "optimizer_type": "PagedAdamW8bit"}, "with PagedAdamW8bit, whose paged state goes to the host by it"),
+        ({**AWAY, "optimizer_type": "bitsandbytes.optim.PagedLion"}, "whose paged state goes to the host by itself"),
+        (
+            {**AWAY, "mixed_precision": "fp16"},
+            "fp16 scales the loss and drops whole steps, but --offload_optimizer_dev",
+        ),
+        ({"offload_optimizer_nvme_path": "/x"}, "state goes to host memory only. Use --offload_optimizer_device cpu"),
         (
             {"optimizer_type": "CAME", "optimizer_args": ["clip_treshold=1"]},
             "CAME has no argument 'clip_treshold'; did you mean clip_threshold?",

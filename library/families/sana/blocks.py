@@ -11,21 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.nn.attention import AttentionFunction
+from library.nn.modulated_norm import gated_residual, modulated_norm
 
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
 LINEAR_ATTENTION_EPS = 1e-15
 FP16_LARGEST = 65504.0
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """This is layer normalisation without weights: the modulation takes their place."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """This shifts and scales normalised tokens (B, N, D) by vectors (B, 1, D)."""
-    return x * (1 + scale) + shift
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,6 +131,8 @@ class GLUMBConv(nn.Module):
     def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, N, D) -> (B, N, D), where the tokens are ``rows`` times ``columns``, row by row."""
         x = rearrange(x, "b (h w) d -> b d h w", h=rows, w=columns)
+        if torch.compiler.is_compiling():  # inductor can't order the strides of a view whose sides are variables
+            x = x.contiguous()
         x = self.depth_conv(F.silu(self.inverted_conv(x)))  # (B, 2E, h, w)
         value, gate = x.chunk(2, dim=1)
         return rearrange(self.point_conv(value * F.silu(gate)), "b d h w -> b (h w) d")
@@ -181,9 +174,10 @@ class SanaBlock(nn.Module):
             (B, N, D).
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        x = x + gate * self.attn(modulate(layer_norm(x), shift, scale))
+        x = gated_residual(x, gate, self.attn(modulated_norm(x, shift, scale, NORM_EPS)))
         x = x + self.cross_attn(x, context, mask)
-        return x + mlp_gate * self.mlp(modulate(layer_norm(x), mlp_shift, mlp_scale), rows, columns)
+        normed = modulated_norm(x, mlp_shift, mlp_scale, NORM_EPS)
+        return gated_residual(x, mlp_gate, self.mlp(normed, rows, columns))
 
 
 class FinalLayer(nn.Module):
@@ -197,4 +191,4 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         """(B, N, D) and the embedded noise level (B, D) -> (B, N, values)."""
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale, NORM_EPS))

@@ -32,18 +32,21 @@ from library.families.sana.files import SanaFiles, describe, locate
 from library.families.sana.latents import SanaLatentStrategy
 from library.families.sana.linear_dit import LinearDiTConfig
 from library.families.sana.options import SanaOptions
+from library.families.sana.sizes import denoiser_sizes
 from library.families.sana.skip_layers import skipped_layers
 from library.families.sana.text import SanaText, SanaTextStrategy
 from library.families.sana.tokenizers import load_tokenizer, tokenizer_folder
-from library.io.parts import part_identity
+from library.io.fp8_matrices import Fp8Matrices
+from library.io.parts import number_count, part_identity
 from library.io.safetensors import LazyTensors
-from library.nn.attention import attention_function
+from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.gemma import load_gemma
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
 
 TIMESTEPS = 1000
+_MASKLESS = ("torch-flash", "flash", "sage")
 SAMPLING_SHIFT, LARGEST_SAMPLING_SHIFT = 3.0, 6.0
 _LARGEST_SIDE = 4096
 
@@ -99,6 +102,16 @@ class SanaFamily:
         tensors = LazyTensors(part, device=read_to, mmap=self.mmap).items()
         return {"gemma": load_gemma(tensors, part.shapes, device=device, dtype=dtype, source=part.title)}
 
+    def text_shapes(self, rows: int) -> SanaText:
+        """Text features of so many captions on the meta device, fp32."""
+        length, width = self.options.sana_max_token_length, self.denoiser.context_width
+        context = torch.empty(rows, length, width, device="meta")
+        return SanaText(context, torch.empty(rows, length, dtype=torch.bool, device="meta"))
+
+    def encoder_numbers(self) -> dict[str, int]:
+        """How many numbers Gemma's weights have, from headers alone."""
+        return {"gemma": number_count(self.files.gemma)}
+
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
         """The DC-AE, frozen, in eval mode."""
         return load_vae(self.files, device=device, dtype=dtype, mmap=self.mmap)
@@ -107,6 +120,12 @@ class SanaFamily:
         """The denoiser, frozen, in eval mode."""
         attention = attention_function(self.attention)
         return load_dit(self.files, self.denoiser, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
+
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the denoiser or of Gemma, by the weights' names in its module."""
+        if component == "denoiser":
+            return Fp8Matrices(self.files.denoiser, denoiser_sizes(self.files.denoiser).key_maps)
+        return Fp8Matrices(self.files.gemma)
 
     def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> SanaText:
         """The conditioning as it is: nothing acts in training only."""
@@ -164,9 +183,17 @@ class SanaFamily:
         if "vae" in parts:
             save_vae(vae_weights(self.files), read_vae_config(self.files), path / "vae")
         if "text_encoders" in parts:
-            save_gemma(gemma_weights(self.files), path / "text_encoder")
+            # the products of fp8 numbers and their scales are in fp32, which none of them needs
+            widened = torch.bfloat16 if self.files.gemma.scales else None
+            save_gemma(gemma_weights(self.files), path / "text_encoder", dtype=widened)
         if set(parts) == set(PARTS):
             complete_pipeline(path, tokenizer_folder(self.tokenizers, self.files), shift=self.sampling_shift)
+
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """The image's look at the text, whose padding is hidden; that at itself is linear."""
+        heads, queries = self.denoiser.num_cross_heads, self.latents.format.tokens(resolution)
+        keys = self.options.sana_max_token_length
+        return AttentionShape(heads, self.denoiser.width // heads, queries, keys, masked=True)
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context manager inside which the blocks ``layers`` leave the image tokens as they are."""
@@ -188,6 +215,11 @@ def create(config: Any) -> SanaFamily:
     if wrong := check_weights(files, denoiser):
         raise ConfigError("\n".join(wrong))
     description = describe(files, options)
+    if (mode := config.memory.attention_backend) in _MASKLESS:
+        raise ConfigError(
+            f"--attn_mode {mode} does nothing for Sana: its attention to the text hides padding, which this kernel "
+            "can't, and the other one is linear. Remove it"
+        )
     return SanaFamily(
         files=files,
         options=options,

@@ -103,6 +103,7 @@ def describe(files: SanaFiles, options: SanaOptions | None = None) -> ModelDescr
         native_resolution=Resolution(side, side),
         implementation=_IMPLEMENTATION,
         blocks=sizes.depth,
+        text_encoders=("gemma",),
         save_layouts={"safetensors": (), "diffusers": PARTS, "pth": ()},
         text_numbers=options.sana_max_token_length * (gemma_sizes(files.gemma).width + 1),
         defaults={"training_shift": published_shift(sizes, side), "learning_rate": _LEARNING_RATE},

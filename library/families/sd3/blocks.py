@@ -9,19 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.nn.attention import AttentionFunction
+from library.nn.modulated_norm import gated_residual, modulated_norm, modulated_norms
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """This is layer normalisation without weights: the modulation takes their place."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """This shifts and scales normalised tokens (B, N, D) by vectors (B, 1, D)."""
-    return x * (1 + scale) + shift
 
 
 def modulation_layer(width: int, chunks: int) -> nn.Sequential:
@@ -129,29 +120,34 @@ class JointBlock(nn.Module):
         context_shift, context_scale, *context_rest = self.context_block.modulation(c)
         x_shift, x_scale, x_gate, x_mlp_shift, x_mlp_scale, x_mlp_gate, *x_dual = self.x_block.modulation(c)
 
-        context_normed = layer_norm(context)
-        x_normed = layer_norm(x)
-        context_heads = self.context_block.attn.heads(modulate(context_normed, context_shift, context_scale))
-        x_heads = self.x_block.attn.heads(modulate(x_normed, x_shift, x_scale))
+        context_normed = modulated_norm(context, context_shift, context_scale, NORM_EPS)
+        x_pairs = [(x_shift, x_scale)]
+        if x_dual:
+            shift2, scale2, gate2 = x_dual
+            x_pairs.append((shift2, scale2))
+        x_normed, *x_also_normed = modulated_norms(x, x_pairs, NORM_EPS)
+        context_heads = self.context_block.attn.heads(context_normed)
+        x_heads = self.x_block.attn.heads(x_normed)
 
         q, k, v = (torch.cat(both, dim=2) for both in zip(context_heads, x_heads))  # (B, H, T + N, K)
         attended = rearrange(self.attention(q, k, v), "b h n k -> b n (h k)")
         context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
 
-        x = x + x_gate * self.x_block.attn.proj(x_attended)
+        x = gated_residual(x, x_gate, self.x_block.attn.proj(x_attended))
         if x_dual:
-            shift2, scale2, gate2 = x_dual
-            q, k, v = self.x_block.attn2.heads(modulate(x_normed, shift2, scale2))
+            (x_normed2,) = x_also_normed
+            q, k, v = self.x_block.attn2.heads(x_normed2)
             x_attended = rearrange(self.attention(q, k, v), "b h n k -> b n (h k)")
-            x = x + gate2 * self.x_block.attn2.proj(x_attended)
-        x = x + x_mlp_gate * self.x_block.mlp(modulate(layer_norm(x), x_mlp_shift, x_mlp_scale))
+            x = gated_residual(x, gate2, self.x_block.attn2.proj(x_attended))
+        x_normed = modulated_norm(x, x_mlp_shift, x_mlp_scale, NORM_EPS)
+        x = gated_residual(x, x_mlp_gate, self.x_block.mlp(x_normed))
         if not context_rest:
             return context, x
 
         context_gate, context_mlp_shift, context_mlp_scale, context_mlp_gate = context_rest
-        context = context + context_gate * self.context_block.attn.proj(context_attended)
-        context_normed = modulate(layer_norm(context), context_mlp_shift, context_mlp_scale)
-        context = context + context_mlp_gate * self.context_block.mlp(context_normed)
+        context = gated_residual(context, context_gate, self.context_block.attn.proj(context_attended))
+        context_normed = modulated_norm(context, context_mlp_shift, context_mlp_scale, NORM_EPS)
+        context = gated_residual(context, context_mlp_gate, self.context_block.mlp(context_normed))
         return context, x
 
 
@@ -166,4 +162,4 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, N, D) and the conditioning (B, D) -> (B, N, values)."""
         shift, scale = modulation_vectors(self.adaLN_modulation, c)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale, NORM_EPS))

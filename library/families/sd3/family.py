@@ -24,22 +24,24 @@ from library.families.sd3.files import Sd3Files, describe, locate
 from library.families.sd3.latents import Sd3LatentStrategy
 from library.families.sd3.mmdit import MMDiTConfig
 from library.families.sd3.options import Sd3Options
-from library.families.sd3.sizes import clip_sizes
+from library.families.sd3.sizes import clip_sizes, denoiser_sizes
 from library.families.sd3.skip_layers import skipped_layers
 from library.families.sd3.text import Sd3Text, Sd3TextStrategy, drop_encoders, sd3_text_strategy
 from library.families.sd3.tokenizers import tokenizer_folders
-from library.io.parts import Part, part_identity
+from library.io.fp8_matrices import Fp8Matrices
+from library.io.parts import Part, number_count, part_identity
 from library.io.safetensors import LazyTensors
-from library.nn.attention import attention_function
+from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.clip import load_clip
 from library.text_encoders.t5 import load_t5
-from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
+from library.text_encoders.tokenizers import CLIP_LENGTH, TokenizerPlaces, tokenizer_places
 
 SAMPLING_SHIFT = 3.0
 """The shift of the reference implementation's sampling schedule."""
 
+_CLIP_TOKENS = 77
 _TIMESTEPS = 1000
 
 
@@ -114,6 +116,20 @@ class Sd3Family:
             encoders["t5xxl"] = load_t5(tensors, t5.shapes, device=device, dtype=dtype, source=t5.title)
         return encoders
 
+    def text_shapes(self, rows: int) -> Sd3Text:
+        """Text features of so many captions on the meta device, fp32."""
+        sizes = self.denoiser
+        t5 = torch.empty(rows, self.options.t5xxl_max_token_length, sizes.context_width, device="meta")
+        return Sd3Text(
+            clip=torch.empty(rows, CLIP_LENGTH, sizes.pooled_width, device="meta"),
+            pooled=torch.empty(rows, sizes.pooled_width, device="meta"),
+            t5=None if self.files is not None and self.files.t5xxl is None else t5,
+        )
+
+    def encoder_numbers(self) -> dict[str, int]:
+        """How many numbers the weights of each text encoder have, from headers alone."""
+        return {name: number_count(part) for name, part in self._encoders.items()}
+
     def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
         """The VAE, frozen, in eval mode."""
         return load_vae(self.files, device=device, dtype=dtype, mmap=self.mmap)
@@ -122,6 +138,12 @@ class Sd3Family:
         """The denoiser, frozen, in eval mode."""
         attention = attention_function(self.attention)
         return load_mmdit(self.files, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
+
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the denoiser or of a text encoder, by the weights' names in its module."""
+        if component == "denoiser":
+            return Fp8Matrices(self.files.denoiser, denoiser_sizes(self.files.denoiser).key_maps)
+        return Fp8Matrices(self._encoders[component])
 
     def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> Sd3Text:
         """The conditioning with what acts in training only.
@@ -175,6 +197,11 @@ class Sd3Family:
         levels = shift(torch.linspace(1, lowest, steps, dtype=torch.float64), SAMPLING_SHIFT)
         return torch.cat([levels, levels.new_zeros(1)]).float()
 
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """Image and text together, without a mask."""
+        tokens = self.latents.format.tokens(resolution) + _CLIP_TOKENS + self.options.t5xxl_max_token_length
+        return AttentionShape(self.denoiser.num_heads, self.denoiser.head_dim, tokens, tokens, masked=False)
+
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context manager inside which the blocks ``layers`` leave both streams as they are."""
         return skipped_layers(self.blocks(denoiser), layers)
@@ -191,7 +218,9 @@ class Sd3Family:
     ) -> None:
         """The trained components as a single file, or in a folder in diffusers' layout."""
         weights = {**base_weights(self.files, parts), **trained}
-        dtypes = {name: dtype if name in trained else None for name in weights}
+        # the products of fp8 numbers and their scales are in fp32, which none of them needs
+        widened = {name for name, part in self._encoders.items() if part.scales}
+        dtypes = {name: dtype if name in trained else torch.bfloat16 if name in widened else None for name in weights}
         if layout != "diffusers":
             save_single(weights, path, metadata, dtypes=dtypes)
             return

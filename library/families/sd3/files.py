@@ -132,6 +132,7 @@ def describe(files: Sd3Files, options: Sd3Options | None = None) -> ModelDescrip
         native_resolution=Resolution(native_side, native_side),
         implementation=_IMPLEMENTATION,
         blocks=sizes.depth,
+        text_encoders=("clip_l", "clip_g", *(() if files.t5xxl is None else ("t5xxl",))),
         trainable_text_encoders=("clip_l", "clip_g"),
         save_layouts={"safetensors": PARTS, "diffusers": PARTS},
         # The scaled table is computed for any size; the checkpoint's own ends somewhere.

@@ -515,16 +515,15 @@ def test_an_incomplete_part_or_one_with_more_than_it_should_have(separate, tmp_p
     ("name", "expected"),
     [
         (
-            "encoder.block.0.layer.0.SelfAttention.q.scale_weight",
-            "holds fp8 weights with scales of their own ({}), which are not applied here, and the weights are wrong "
-            "without; use the fp16 or the plain fp8_e4m3fn file",
+            "encoder.block.0.layer.0.SelfAttention.q.pre_quant_scale",
+            "is quantised in a format that is not known here ({}); use the fp16 or the bf16 file",
         ),
         (
             "encoder.block.0.layer.0.SelfAttention.q.weight.absmax",
             "is quantised by bitsandbytes ({}), and can't be trained; use fp16 or bf16",
         ),
     ],
-    ids=["scaled fp8", "bitsandbytes"],
+    ids=["another format", "bitsandbytes"],
 )
 def test_quantised_files_are_refused_with_the_reason(separate, tmp_path, name, expected):
     path = write_sparse(tmp_path / "t5.safetensors", published("t5xxl") | {name: (1,)}, dtype="F8_E4M3")
@@ -534,11 +533,12 @@ def test_quantised_files_are_refused_with_the_reason(separate, tmp_path, name, e
     )
 
 
-def test_scaled_fp8_inside_a_checkpoint_is_refused_but_can_be_replaced(separate, tmp_path):
+def test_scales_of_another_kind_inside_a_checkpoint_are_refused_but_can_be_replaced(separate, tmp_path):
     scaled = everything("5-medium") | {f"{T5_PREFIX}encoder.final_layer_norm.scale_weight": ()}
     path = write_sparse(tmp_path / "model.safetensors", scaled, dtype="F8_E4M3")
     (line,) = found_problems(path)
-    assert line.startswith(f"{path} holds fp8 weights with scales of their own (encoder.final_layer_norm.scale_weight)")
+    scale = f"{T5_PREFIX}encoder.final_layer_norm.scale_weight"
+    assert line.startswith(f"{path}: {scale} is one number of F8_E4M3, and only one number in fp32")
     assert found_problems(path, t5xxl=separate.t5xxl) == []
 
 

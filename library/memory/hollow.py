@@ -1,0 +1,140 @@
+"""Operations that compute nothing: tensors have shapes, types and memory of their own, and no numbers.
+
+Inside ``Hollow`` the trainer's own code runs a step of a model of any size within seconds. Tensors are ordinary ones on
+the host whose memory is reserved and never touched, so that autograd, autocast, modules and optimizers do what they do
+with numbers. What an operation gives is asked of torch's meta device, once for each combination of shapes.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ALIASES = {torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.default}
+"""What shares memory with its input though its signature doesn't say so."""
+
+_SMALL = 1 << 16
+"""Bytes up to which tensors are zeros: code may look into them, and must find the same each time."""
+
+
+class _Kind(NamedTuple):
+    """What an operation's signature says.
+
+    Attributes:
+        looks: It gives another look at its input's memory.
+        writes: Numbers and names of the arguments that it writes to.
+        answers: How many things it gives.
+        only_writes: All of them are arguments that it has written to.
+        asks_where: It takes a device.
+    """
+
+    looks: bool
+    writes: tuple[tuple[int, str], ...]
+    answers: int
+    only_writes: bool
+    asks_where: bool
+
+
+class _Layout(NamedTuple):
+    """What memory a tensor has."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Hollow(TorchDispatchMode):
+    """Inside, tensors get no numbers; one that is asked for its number says 1, or no."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """See ``TorchDispatchMode``."""
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        kind = _kind_of(func)
+        if kind.looks:
+            return func(*args, **kwargs)
+        if kind.writes and kind.only_writes:
+            written = [args[number] if number < len(args) else kwargs.get(name) for number, name in kind.writes]
+            return None if not kind.answers else written[0] if kind.answers == 1 else tuple(written[: kind.answers])
+        if kwargs.get("generator") is not None:
+            kwargs["generator"] = None  # of the host, and the meta device has none
+        laid_out = _laid_out(list(args)), _laid_out(kwargs)
+        if "device" in kwargs or (kind.asks_where and not _has_layout(laid_out)):
+            laid_out[1]["device"] = torch.device("meta")
+        elif not _has_layout(laid_out):  # nothing about tensors
+            return func(*args, **kwargs)
+        key = (func, _frozen(laid_out))
+        if key not in self._answers:
+            meta_args, meta_kwargs = _on_meta(laid_out)
+            self._answers[key] = _laid_out(func(*meta_args, **meta_kwargs))
+        return _reserved(self._answers[key])
+
+
+@functools.cache
+def _kind_of(func: Any) -> _Kind:
+    schema = func._schema
+    infos = [returned.alias_info for returned in schema.returns]
+    looks = func in _ALIASES or any(info is not None and not info.is_write for info in infos)
+    writes = tuple(
+        (number, argument.name)
+        for number, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    asks_where = any(argument.name == "device" for argument in schema.arguments)
+    return _Kind(looks, writes, len(infos), all(info is not None for info in infos), asks_where)
+
+
+def _laid_out(value: Any) -> Any:
+    """The same with layouts in the place of tensors."""
+    if isinstance(value, Tensor):
+        return _Layout(tuple(value.size()), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_laid_out, value)) if type(value) in (list, tuple) else tuple(map(_laid_out, value))
+    if isinstance(value, dict):
+        return {name: _laid_out(one) for name, one in value.items()}
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    """The same as something that can be looked up; equal numbers of different types stay apart."""
+    if isinstance(value, _Layout):
+        return value
+    if isinstance(value, dict):
+        return tuple((name, _frozen(one)) for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return (type(value), value)
+
+
+def _has_layout(value: Any) -> bool:
+    if isinstance(value, _Layout):
+        return True
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(map(_has_layout, values))
+
+
+def _on_meta(value: Any) -> Any:
+    """The same with tensors on the meta device in the place of layouts."""
+    if isinstance(value, _Layout):
+        return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device="meta")
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_meta, value))
+    if isinstance(value, dict):
+        return {name: _on_meta(one) for name, one in value.items()}
+    return value
+
+
+def _reserved(value: Any) -> Any:
+    """The same with tensors on the host in the place of layouts."""
+    if isinstance(value, _Layout):
+        made = torch.empty_strided(value.size, value.stride, dtype=value.dtype)
+        return made.zero_() if made.untyped_storage().nbytes() <= _SMALL else made
+    return type(value)(map(_reserved, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,92 @@
+"""Operations without numbers give what operations with numbers give, numbers apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from library.memory.allocations import BLOCK, Allocations
+from library.memory.hollow import Hollow
+
+
+def layouts(values):
+    return [
+        (tuple(value.shape), value.stride(), value.dtype, value.untyped_storage().nbytes())
+        for value in values
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def work():
+    """Creation, views, products, norms, attention, convolutions, types, randomness; forward and backward."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 64, requires_grad=True)
+    linear = nn.Linear(64, 192)
+    q, k, v = linear(x).view(2, 6, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v)
+    normed = F.layer_norm(attended.transpose(1, 2).flatten(2), (64,)).to(torch.bfloat16)
+    picture = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    convolved = F.conv2d(picture, torch.ones(8, 1, 3, 3, requires_grad=True), padding=1, groups=4)
+    joined = torch.cat([normed, normed[:, :2]], dim=1)
+    loss = joined.float().square().mean() + convolved.sum()
+    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = linear(x)
+    moved = x.detach().clone().add_(1).mul_(torch.tensor(2.0))
+    codes = torch.bucketize(x.detach(), torch.linspace(-1, 1, 15)).to(torch.uint8)
+    return [attended, normed, picture, convolved, joined, loss, x.grad, linear.weight.grad, cast, moved, codes]
+
+
+def test_layouts_are_those_of_operations_with_numbers():
+    expected = layouts(work())
+    with Hollow():
+        assert layouts(work()) == expected
+
+
+def test_views_share_memory_and_what_is_changed_in_place_stays_itself():
+    with Hollow():
+        x = torch.empty(4, 4)
+        assert x[1:].view(-1).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert x.add_(1) is x
+        assert torch.add(x, 1, out=(out := torch.empty(4, 4))) is out
+        assert (x + 1).untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        y = torch.ops.aten._unsafe_view(x, [16])
+        assert y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    with Hollow(), Allocations("cpu") as allocations:
+        x = torch.empty(4, 4)
+        x.mul_(2).add_(1)
+        torch.add(x, 1, out=x)
+        assert allocations.peak == BLOCK
+
+
+def test_who_asks_for_numbers_gets_some():
+    with Hollow():
+        assert torch.randn(3, 3).sum().item() == 1.0
+        assert not torch.ones(3, dtype=torch.bool).any()
+        assert torch.arange(5)[3].item() == 1
+        assert torch.full((3,), 7.0).tolist() == [0.0] * 3
+
+
+def test_memory_is_never_touched():
+    """Writing a terabyte would take minutes."""
+    with Hollow():
+        x = torch.randn(1 << 30)  # 4 GiB
+        for _ in range(256):
+            x = (x * 2).relu_()
+        assert x.numel() == 1 << 30
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor"])
+def test_optimizers_step(name):
+    with Hollow():
+        weight = nn.Parameter(torch.randn(8, 8))
+        optimizer = getattr(torch.optim, name)([weight], lr=1e-3)
+        for _ in range(2):
+            weight.grad = torch.randn(8, 8)
+            optimizer.step()
+        sizes = {key: value.shape for key, value in optimizer.state[weight].items()}
+    real = nn.Parameter(torch.randn(8, 8))
+    optimizer = getattr(torch.optim, name)([real], lr=1e-3)
+    real.grad = torch.randn(8, 8)
+    optimizer.step()
+    assert sizes == {key: value.shape for key, value in optimizer.state[real].items()}
