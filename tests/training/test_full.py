@@ -61,6 +61,13 @@ def test_a_resumed_run_under_autocast_ends_with_the_same_bytes(job):
     assert job.losses("resumed") == {4: job.losses("whole")[4]}
 
 
+def test_what_is_computed_again_changes_nothing(job):
+    again = {"gradient_checkpointing": True, "gradient_checkpointing_keep_attention": True}
+    assert job("plain", **CACHED) == 0
+    assert job("again", **CACHED, **again) == 0
+    assert equal(job.weights("plain"), job.weights("again")) and job.losses("plain") == job.losses("again")
+
+
 def test_pure_bf16_keeps_and_writes_bf16(job):
     assert job("out", **CACHED, mixed_precision="bf16", full_bf16=True) == 0
     assert all(tensor.dtype == torch.bfloat16 for tensor in job.weights("out").values())

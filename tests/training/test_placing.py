@@ -73,9 +73,10 @@ def test_swapped_blocks_train_with_the_same_bytes(job):
         "checkpointed": {"blocks_to_swap": 3, **checkpointing},
         "offloaded": {"blocks_to_swap": 2, **checkpointing, "cpu_offload_checkpointing": True},
         "every second": {"blocks_to_swap": 3, **checkpointing, "gradient_checkpointing_interval": 2},
+        "attention kept": {"blocks_to_swap": 2, **checkpointing, "gradient_checkpointing_keep_attention": True},
     }
     if job.trainer.family == "sd3":  # the same machinery
-        variants = {name: variants[name] for name in ("swapped", "offloaded")}
+        variants = {name: variants[name] for name in ("swapped", "offloaded", "attention kept")}
     for name, options in variants.items():
         (transfers,) = job(name, moved=True, **options)
         assert transfers.fetched
