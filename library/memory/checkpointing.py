@@ -1,12 +1,15 @@
 """Gradient checkpointing: some blocks forget their inner activations and compute them again in the backward pass."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 Checkpoint = Callable[..., Any]
 """``(forward, *args) -> answer``: runs a block so that it keeps less."""
@@ -26,13 +29,48 @@ def recompute_all(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 def recompute_all_but_attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A block that keeps its inputs and what its attention answers: all else is computed again."""
-    contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_attention_kept, **kwargs)
 
 
-def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_attention = isinstance(operator, torch._ops.OpOverload) and operator.name().startswith(_ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+def _attention_kept() -> tuple["_Keeping", "_Answering"]:
+    """What surrounds a block's pass, and its recomputation.
+
+    torch's own selective checkpointing wants the recomputation to do what the first pass did, operation by operation;
+    with block swap it copies weights, too.
+    """
+    kept: deque[Any] = deque()
+    return _Keeping(kept), _Answering(kept)
+
+
+class _Keeping(TorchDispatchMode):
+    """Inside, what attention answers is kept."""
+
+    def __init__(self, kept: deque[Any]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        if _is_attention(func):
+            # without the graph that autograd is going to hang onto the answer
+            self._kept.append(tree_map_only(Tensor, Tensor.detach, answer))
+        return answer
+
+
+class _Answering(TorchDispatchMode):
+    """Inside, attention answers what was kept, in the same order."""
+
+    def __init__(self, kept: deque[Any]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self._kept.popleft() if _is_attention(func) else func(*args, **(kwargs or {}))
+
+
+def _is_attention(operator: Any) -> bool:
+    name: str = operator.name()
+    return name.startswith(_ATTENTION) and "backward" not in name
 
 
 def enable_checkpointing(blocks: Sequence[nn.Module], interval: int, run: Checkpoint = recompute_all) -> None:
