@@ -70,13 +70,23 @@ def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> in
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(Script(family, network), arguments)
+        code = _run(Script(family, network), arguments)
     except ConfigError as error:
         _print_late_errors(str(error).splitlines())
         return WRONG_USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    if argv is None:  # else whoever calls goes on
+        _leave_processes()
+    return code
+
+
+def _leave_processes() -> None:
+    """End this process's part in a group of processes, whose threads must not outlive what they work with."""
+    group: Any = sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized():
+        group.destroy_process_group()
 
 
 def _run(script: Script, arguments: Sequence[str]) -> int:

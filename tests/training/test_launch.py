@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.config.errors import ConfigError
 from library.training import launch
@@ -116,3 +117,16 @@ def test_the_real_launcher_is_found_out_before_torch_is_loaded(full_trainer):
     child = lines[max(index for index, line in enumerate(lines) if "| site" in line) :]
     assert any("psutil" in line for line in child)
     assert not any(line.endswith("| torch") or line.endswith(" torch") for line in child)
+
+
+def test_a_script_leaves_its_group_of_processes_and_a_call_does_not(monkeypatch):
+    from library import cli
+
+    group, left = torch.distributed, []
+    monkeypatch.setattr(cli, "_run", lambda script, arguments: 0)
+    monkeypatch.setattr(group, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "destroy_process_group", lambda: left.append(True))
+    assert cli.main("sd3", network=True, argv=[]) == 0 and left == []
+    assert cli.main("sd3", network=True) == 0 and left == [True]
+    monkeypatch.setattr(group, "is_initialized", lambda: False)
+    assert cli.main("sd3", network=True) == 0 and left == [True]
