@@ -1,5 +1,6 @@
 """Whether the host has room for what waits there, found out before anything is loaded."""
 
+import logging
 import os
 
 import psutil  # accelerate needs it, too
@@ -13,6 +14,8 @@ from library.families.protocols import ModelFamily
 from library.training.before_start import NotForeseen, foresee
 from library.training.forecast import largest_shape
 from library.training.precision import Precision
+
+log = logging.getLogger(__name__)
 
 
 def check_host_memory(
@@ -37,7 +40,8 @@ def check_host_memory(
         return
     try:
         needed = foresee(config, family, largest_shape(config, family.latents.format), precision, cuda=True).step.host
-    except NotForeseen:
+    except NotForeseen as told:
+        log.info("whether host memory suffices for %s can't be foreseen (%s)", " and ".join(asking), told)
         return
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = psutil.virtual_memory().available if available is None else available
