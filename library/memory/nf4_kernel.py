@@ -5,10 +5,13 @@ and a scale for each 64 weights. So its kernel reads our buffers as they are.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """Codes (O, I / 2), scales (O, I / 64) and a type -> the matrix (O, I)."""
@@ -38,12 +41,18 @@ def fast_dequantize(device: torch.device, dtype: torch.dtype, ours: Dequantize) 
     try:
         import bitsandbytes  # noqa: F401  # registers its operations
     except ImportError:
+        log.info("nf4: bitsandbytes isn't installed, so matrices are made by torch's own kernels, which takes longer")
         return None
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (64, _GROUP), dtype=torch.uint8, generator=generator).to(device)
     scales = torch.rand(64, 2, generator=generator).to(device)
     try:
         same = torch.equal(by_bitsandbytes(codes, scales, dtype), ours(codes, scales, dtype))
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return None
-    return by_bitsandbytes if same else None
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    else:
+        reason = None if same else "its numbers differ"
+    if reason is None:
+        return by_bitsandbytes
+    log.info("nf4: bitsandbytes' kernel isn't used on %s (%s); torch's own take longer", device, reason)
+    return None
