@@ -46,6 +46,7 @@ def fast_dequantize(device: torch.device, dtype: torch.dtype, ours: Dequantize) 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (64, _GROUP), dtype=torch.uint8, generator=generator).to(device)
     scales = torch.rand(64, 2, generator=generator).to(device)
+    reason: str | None
     try:
         same = torch.equal(by_bitsandbytes(codes, scales, dtype), ours(codes, scales, dtype))
     except (RuntimeError, NotImplementedError, AttributeError) as error:
