@@ -45,7 +45,8 @@ class Script(NamedTuple):
     @property
     def name(self) -> str:
         """Its file name without the ending."""
-        return f"{self.family}_train_network" if self.network else f"{self.family}_train"
+        options = family_options(self.family)
+        return options.NETWORK_SCRIPT if self.network else options.FULL_SCRIPT
 
     @property
     def groups(self) -> dict[str, type]:

@@ -42,7 +42,9 @@ class Trainer:
     @property
     def script(self) -> str:
         """Its file name."""
-        return f"{self.family}_train_network.py" if self.network else f"{self.family}_train.py"
+        from library.cli import Script
+
+        return f"{Script(self.family, self.network).name}.py"
 
     def arguments(self, output: str, **options) -> list[str]:
         """The command line: enough defaults to train, changed and extended by ``options`` (None removes one)."""
@@ -148,6 +150,21 @@ def full_trainer(tiny_file, photos, tmp_path) -> Trainer:
 def sana_trainer(tiny_sana_file, photos, tmp_path) -> Trainer:
     """Trains all of a tiny Sana."""
     return Trainer(tiny_sana_file, photos, tmp_path, "sana", network=False)
+
+
+@pytest.fixture
+def sd_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
+    """Trains adapters on a tiny Stable Diffusion 1.x."""
+    return Trainer(tiny_sd_file, photos, tmp_path, "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_file(tmp_path_factory):
+    """A tiny Stable Diffusion 1.x in one file, with its tokenizer beside it."""
+    from tests.tiny import TINY_SD
+    from tools.miniature_sd import make_sd
+
+    return make_sd(tmp_path_factory.mktemp("sd"), sizes=TINY_SD)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Sizes of the models that tests train."""
 
 from tools.miniature_sana import SanaSizes
+from tools.miniature_sd import SdSizes
 from tools.miniature_sd3 import Sd3Sizes
 
 TINY_SD3 = Sd3Sizes(
@@ -25,4 +26,12 @@ TINY_SANA = SanaSizes(
     gemma_depth=1,
     gemma_hidden=96,
     vae_widths=(8, 8, 16, 32, 32, 32),
+)
+
+TINY_SD = SdSizes(
+    width=64,
+    multipliers=(1, 1, 2, 2),
+    clip_width=64,
+    clip_depth=2,
+    vae_widths=(32, 32, 64, 64),
 )

@@ -11,6 +11,7 @@ from library.config.caching import CachingConfig
 from library.config.captions import CaptionConfig
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.ddpm import DdpmConfig
 from library.config.ema import EmaConfig
 from library.config.flow import FlowConfig, flow_problems
 from library.config.full import FullConfig, full_model_problems, full_problems
@@ -81,6 +82,7 @@ class RunConfig:
         provenance: Per option where its value comes from: ``typed``, ``from <file>``, ``default``, or ``derived: why``.
         family: The family's own options.
         flow: How noise levels are drawn; None for families that don't match flows.
+        ddpm: The noise schedule of variances; None for families without one.
         loss: How the difference between answer and truth is measured.
         datasets: The datasets, read from what ``data`` names.
         network: The adapter; None when the model itself is trained.
@@ -104,6 +106,7 @@ class RunConfig:
     ema: EmaConfig
     memory: MemoryConfig
     flow: FlowConfig | None = None
+    ddpm: DdpmConfig | None = None
     loss: LossConfig
     validation: ValidationConfig
     sampling: SamplingConfig

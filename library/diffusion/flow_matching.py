@@ -12,6 +12,7 @@ from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.diffusion import timesteps
 from library.diffusion.loss import elementwise, huber_parameter, weight
+from library.randomness import Draws
 from library.records import NoisedLatents
 
 
@@ -61,13 +62,14 @@ class FlowMatching:
         assert self.flow.training_shift is not None
         return self.flow.training_shift
 
-    def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor) -> NoisedLatents:
+    def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor, draws: Draws | None = None) -> NoisedLatents:
         """The noised latents, fp32.
 
         Args:
             x_0: Clean, normalised latents (B, C, h, w).
             noise: Gaussian noise (B, C, h, w).
             sigma: Noise levels (B,).
+            draws: Not looked at: the noise stays as it is.
         """
         x_0, noise = x_0.float(), noise.float()
         sigma = sigma.to(x_0.device, torch.float32)

@@ -6,6 +6,7 @@ from typing import Any
 FAMILIES = {
     "sd3": "library.families.sd3",
     "sana": "library.families.sana",
+    "sd": "library.families.sd",
 }
 
 

@@ -84,8 +84,8 @@ class Objective(Protocol):
         """Noise levels (B,), fp32, in (0, 1], from numbers of the open interval (0, 1)."""
         ...
 
-    def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor) -> NoisedLatents:
-        """The noised latents, fp32."""
+    def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor, draws: Draws | None = None) -> NoisedLatents:
+        """The noised latents, fp32; without ``draws``, options that change the noise don't act."""
         ...
 
     def target(self, noised: NoisedLatents) -> Tensor:

@@ -41,6 +41,7 @@ class GenerateRun:
         generate: Adapters, precision, device, output.
         memory: The attention, and how text encoders are stored.
         flow: Defaults; nothing is trained.
+        ddpm: What the model answers with; the rest are defaults.
         loss: Defaults; nothing is trained.
     """
 
@@ -52,6 +53,7 @@ class GenerateRun:
     generate: GenerateConfig
     memory: MemoryConfig
     flow: Any = None
+    ddpm: Any = None
     loss: Any = None
 
 

@@ -116,14 +116,14 @@ def _question(run: StepRun, batch: Batch) -> tuple[NoisedLatents, TensorRecord]:
     draws = Draws(run.seed, batch.keys, batch.visits)
     latent_size = run.family.latents.format.latent_size(batch.resolution)
     text = run.family.augment(conditioning(run, batch), draws, latent_size)
-    return _noised(run, batch, draws.uniform("sigma")), text
+    return _noised(run, batch, draws.uniform("sigma"), draws), text
 
 
-def _noised(run: StepRun, batch: Batch, uniform: Tensor) -> NoisedLatents:
-    """The noised latents at the quantiles ``uniform`` (B,) of the noise levels."""
+def _noised(run: StepRun, batch: Batch, uniform: Tensor, draws: Draws | None = None) -> NoisedLatents:
+    """The noised latents at the quantiles ``uniform`` (B,) of the noise levels; without ``draws``, of plain noise."""
     objective, tokens = run.family.objective, run.family.latents.format.tokens(batch.resolution)
     sigma = objective.sigmas(uniform, tokens=tokens).to(run.device, non_blocking=True)  # (B,)
-    return objective.add_noise(clean_latents(run, batch), batch.noise, sigma)
+    return objective.add_noise(clean_latents(run, batch), batch.noise, sigma, draws)
 
 
 def _answer(run: StepRun, noised: NoisedLatents, text: TensorRecord) -> Tensor:

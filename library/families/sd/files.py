@@ -101,6 +101,7 @@ def describe(files: SdFiles, options: SdOptions | None = None) -> ModelDescripti
         native_resolution=Resolution(side, side),
         implementation=_IMPLEMENTATION if files.is_v2 else _FIRST_IMPLEMENTATION,
         blocks=stage_count(sizes),
+        text_encoders=("clip",),
         trainable_text_encoders=("clip",),
         save_layouts={"safetensors": PARTS, "diffusers": PARTS},
         text_numbers=tokens * clip.width,

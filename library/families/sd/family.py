@@ -1,0 +1,175 @@
+"""Stable Diffusion 1.x and 2.x as the trainer sees them (Rombach et al. 2022, arXiv:2112.10752)."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.config.errors import ConfigError
+from library.diffusion.ddpm import Ddpm, timestep_of
+from library.families.protocols import Modulation
+from library.families.sd.adapter_targets import adapter_targets
+from library.families.sd.checkpoint import check_weights, load_text_encoder, load_unet, load_vae, read_unet_config
+from library.families.sd.export import save_single
+from library.families.sd.files import SdFiles, describe, locate
+from library.families.sd.latents import SdLatentStrategy
+from library.families.sd.options import SdOptions
+from library.families.sd.sizes import unet_sizes
+from library.families.sd.text import SdText, SdTextStrategy
+from library.families.sd.tokenizers import load_tokenizer
+from library.families.sd.unet import UNetConfig
+from library.io.fp8_matrices import Fp8Matrices
+from library.io.parts import number_count, part_identity
+from library.nn.attention import AttentionShape, attention_function
+from library.randomness import Draws
+from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
+from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
+
+LAYER_OF_V1, LAYER_OF_V2 = 1, 2
+"""The text encoder's layer that each generation was trained with, counted from the end."""
+
+
+@dataclass(frozen=True)
+class SdFamily:
+    """One checkpoint with the options that act on it (``library.families.protocols.ModelFamily``).
+
+    Attributes:
+        files: Where each part lies.
+        options: The family's own options.
+        denoiser: Sizes of the U-Net.
+        description: What the files said about the model.
+        latents: Pictures to latents.
+        objective: How a picture is noised and the answer is measured.
+        adapter_targets: Which layers an adapter changes, by component.
+        tokenizers: Where to look for the tokenizer.
+        attention: Name of the attention function.
+        mmap: Whether weights are mapped rather than read.
+        name: In the registry.
+    """
+
+    files: SdFiles
+    options: SdOptions
+    denoiser: UNetConfig
+    description: ModelDescription
+    latents: SdLatentStrategy
+    objective: Ddpm
+    adapter_targets: Mapping[str, AdapterTargets]
+    tokenizers: TokenizerPlaces
+    attention: str
+    mmap: bool
+    name: str = "sd"
+
+    def identities(self) -> dict[str, str]:
+        """What names the contents of the U-Net, the VAE and the text encoder."""
+        parts = {"denoiser": self.files.denoiser, "vae": self.files.vae, "clip": self.files.clip}
+        return {name: part_identity(part) for name, part in parts.items()}
+
+    def text_strategy(self) -> SdTextStrategy:
+        """The strategy with the tokenizer loaded."""
+        is_v2 = self.files.is_v2
+        tokenizer = load_tokenizer(self.tokenizers, self.options, is_v2=is_v2)
+        layer = self.options.clip_skip or (LAYER_OF_V2 if is_v2 else LAYER_OF_V1)
+        return SdTextStrategy(tokenizer, layer, part_identity(self.files.clip))
+
+    def load_text_encoders(
+        self, *, device: Any, dtype: Any, names: Collection[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """``clip``, frozen, in eval mode."""
+        if names is not None and "clip" not in names:
+            return {}
+        files = self.files
+        return {"clip": load_text_encoder(files.clip, is_v2=files.is_v2, device=device, dtype=dtype, mmap=self.mmap)}
+
+    def text_shapes(self, rows: int) -> SdText:
+        """Text features of so many captions on the meta device, fp32."""
+        tokens = int(self.options.max_token_length) + 2
+        return SdText(torch.empty(rows, tokens, self.denoiser.context_width, device="meta"))
+
+    def encoder_numbers(self) -> dict[str, int]:
+        """How many numbers the text encoder's weights have, from headers alone."""
+        return {"clip": number_count(self.files.clip)}
+
+    def load_vae(self, *, device: Any, dtype: Any) -> nn.Module:
+        """The VAE, frozen, in eval mode."""
+        return load_vae(self.files, device=device, dtype=dtype, mmap=self.mmap)
+
+    def load_denoiser(self, *, device: Any, dtype: Any) -> nn.Module:
+        """The U-Net, frozen, in eval mode."""
+        attention = attention_function(self.attention)
+        return load_unet(self.files, attention=attention, device=device, dtype=dtype, mmap=self.mmap)
+
+    def stored_fp8(self, component: str) -> Fp8Matrices:
+        """What the files hold in fp8 of the U-Net or of the text encoder, by the weights' names in its module."""
+        if component == "denoiser":
+            return Fp8Matrices(self.files.denoiser, unet_sizes(self.files.denoiser).key_maps)
+        return Fp8Matrices(self.files.clip)
+
+    def augment(self, text: TensorRecord, draws: Draws, latent_size: tuple[int, int]) -> SdText:
+        """The conditioning as it is: nothing acts in training only."""
+        assert isinstance(text, SdText)
+        return text
+
+    def predict(self, denoiser: nn.Module, noised: NoisedLatents, text: TensorRecord) -> Tensor:
+        """The noise or the velocity (B, C, h, w), as the model answers."""
+        assert isinstance(text, SdText)
+        dtype = next(denoiser.parameters()).dtype
+        return denoiser(noised.x_t.to(dtype), timestep_of(noised.sigma), text.context.to(dtype))
+
+    def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The stages in forward order."""
+        unwrapped: Any = getattr(denoiser, "module", denoiser)  # DistributedDataParallel keeps it in ``module``
+        return list(unwrapped.stages)
+
+    def modulation(self, denoiser: nn.Module) -> Modulation:
+        """None: a residual block sees the timestep alone, through a layer that is small beside its convolutions."""
+        return Modulation([], [])
+
+    def attention_shape(self, resolution: Resolution) -> AttentionShape:
+        """The image's look at itself on the first level, where it has the most positions."""
+        heads = self.denoiser.heads(self.denoiser.width)
+        height, width = self.latents.format.latent_size(resolution)
+        positions = height * width
+        return AttentionShape(heads, self.denoiser.width // heads, positions, positions, masked=False)
+
+    def write_model(
+        self,
+        trained: Mapping[str, Mapping[str, Tensor]],
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        layout: str,
+        parts: Collection[str],
+        dtype: torch.dtype | None,
+    ) -> None:
+        """The trained components as a single file, or in a folder in diffusers' layout."""
+        save_single(trained, path, metadata, is_v2=self.files.is_v2, dtypes=dict.fromkeys(trained, dtype))
+
+
+def create(config: Any) -> SdFamily:
+    """This makes the family from a validated configuration. Only headers of files are read.
+
+    Args:
+        config: With the groups ``model``, ``family``, ``ddpm``, ``loss`` and ``memory``.
+
+    Raises:
+        ConfigError: The files are missing, unusable, or don't fit each other.
+    """
+    model, options = config.model, config.family
+    files = locate(model, options)
+    if wrong := check_weights(files):
+        raise ConfigError("\n".join(wrong))
+    return SdFamily(
+        files=files,
+        options=options,
+        denoiser=read_unet_config(files),
+        description=describe(files, options),
+        latents=SdLatentStrategy(part_identity(files.vae)),
+        objective=Ddpm(config.ddpm, config.loss),
+        adapter_targets=adapter_targets(),
+        tokenizers=tokenizer_places(model),
+        attention=config.memory.attention_backend,
+        mmap=not model.disable_mmap_load_safetensors,
+    )

@@ -1,0 +1,168 @@
+"""A complete, tiny Stable Diffusion 1.x or 2.x with random weights: U-Net, VAE, text encoder, tokenizer."""
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.families.sd.export import save_single
+from library.families.sd.unet import UNet, UNetConfig
+from library.nn.attention import sdpa
+from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from library.randomness import torch_generator
+from tools.miniature_sd3 import DTYPES
+from tools.miniature_tokenizers import CLIP_END, clip_vocabulary_size, write_clip_tokenizer
+
+FILE_NAME = "sd-miniature.safetensors"
+_HEAD_DIM = 64
+_METADATA = {
+    "modelspec.title": "Miniature of Stable Diffusion",
+    "modelspec.description": "Random weights, for tests and for trying things out",
+}
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdSizes:
+    """How small the miniature is. Widths are multiples of 64.
+
+    Attributes:
+        is_v2: Whether it is of the second generation.
+        width: Of the U-Net's first level.
+        multipliers: Features of each level, of ``width``.
+        attention_levels: How many levels, from the first, look at the text.
+        blocks_per_level: Residual blocks of a level on the way down.
+        clip_width: Of the text encoder.
+        clip_depth: Layers of the text encoder.
+        vae_widths: Features of the VAE per level, multiples of 32.
+        vae_blocks: Residual blocks of the VAE per level.
+    """
+
+    is_v2: bool = False
+    width: int = 64
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    attention_levels: int = 3
+    blocks_per_level: int = 1
+    clip_width: int = 128
+    clip_depth: int = 3
+    vae_widths: tuple[int, ...] = (32, 64, 64, 64)
+    vae_blocks: int = 1
+
+    def denoiser(self) -> UNetConfig:
+        """The U-Net's configuration."""
+        return UNetConfig(
+            in_channels=4,
+            out_channels=4,
+            width=self.width,
+            multipliers=self.multipliers,
+            attention_levels=self.attention_levels,
+            blocks_per_level=self.blocks_per_level,
+            context_width=self.clip_width,
+            num_heads=None if self.is_v2 else 8,
+            head_dim=_HEAD_DIM if self.is_v2 else None,
+            linear_projections=self.is_v2,
+        )
+
+    def vae(self) -> AutoencoderKLConfig:
+        """The VAE's configuration."""
+        return AutoencoderKLConfig(
+            pixel_channels=3,
+            latent_channels=4,
+            level_widths=self.vae_widths,
+            blocks_per_level=self.vae_blocks,
+            quant_convolutions=True,
+        )
+
+    def clip(self) -> Any:
+        """The text encoder's configuration, transformers' kind."""
+        from transformers import CLIPTextConfig
+
+        return CLIPTextConfig(
+            vocab_size=clip_vocabulary_size(),
+            hidden_size=self.clip_width,
+            intermediate_size=4 * self.clip_width,
+            projection_dim=self.clip_width,
+            num_hidden_layers=self.clip_depth,
+            num_attention_heads=self.clip_width // _HEAD_DIM,
+            hidden_act="gelu" if self.is_v2 else "quick_gelu",
+            bos_token_id=clip_vocabulary_size() - 2,
+            eos_token_id=2,  # as published: transformers then pools at the highest id, the end token
+            architectures=["CLIPTextModel"],
+        )
+
+
+def make_sd(
+    output: Path, *, seed: int = 0, dtype: str = "fp32", layout: str = "single", sizes: SdSizes | None = None
+) -> Path:
+    """This writes the miniature; the same arguments give the same bytes.
+
+    Args:
+        output: The folder, made if missing. The tokenizer lies in it too.
+        seed: Of the weights.
+        dtype: What the weights are stored as: fp32, fp16 or bf16.
+        layout: ``single`` writes one file with all parts.
+        sizes: How small.
+
+    Returns:
+        What ``--pretrained_model_name_or_path`` takes: the single file, or ``output``.
+    """
+    sizes = sizes or SdSizes()
+    output.mkdir(parents=True, exist_ok=True)
+    write_clip_tokenizer(output / "tokenizer", pad_token="!" if sizes.is_v2 else CLIP_END)
+    parts = sd_weights(seed, sizes)
+    path = output / FILE_NAME
+    save_single(parts, path, _METADATA, is_v2=sizes.is_v2, dtypes=dict.fromkeys(parts, DTYPES[dtype]))
+    return path
+
+
+def sd_weights(seed: int, sizes: SdSizes) -> dict[str, Weights]:
+    """This makes the weights of all parts, fp32: LDM's names, and the text encoder's under transformers'."""
+    from transformers import CLIPTextModel
+
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "denoiser": UNet(sizes.denoiser(), attention=sdpa),
+            "vae": AutoencoderKL(sizes.vae()),
+            "clip": CLIPTextModel(sizes.clip()),
+        }
+    shapes = {
+        part: {_stored(part, name): tuple(place.shape) for name, place in module.state_dict().items()}
+        for part, module in modules.items()
+    }
+    parts = {
+        part: {name: _value(f"{part}.{name}", shape, seed) for name, shape in named.items()}
+        for part, named in shapes.items()
+    }
+    _, log_variance = parts["vae"]["quant_conv.bias"].chunk(2)
+    log_variance -= 8  # little noise, as in a trained VAE
+    return parts
+
+
+def _stored(part: str, name: str) -> str:
+    """The name in published files: newer transformers leave out a prefix."""
+    return name if part != "clip" or name.startswith("text_model.") else f"text_model.{name}"
+
+
+# Size of the numbers, for activations about 1: of a table's entries, or of a layer's outputs for inputs about 1.
+_SCALES = (
+    ("*token_embedding.weight", 0.5),
+    ("*position_embedding.weight", 0.2),
+    ("denoiser.out.2.weight", 0.5),
+    ("vae.decoder.conv_out.weight", 0.5),
+)
+_TABLES = ("*embedding.weight",)
+
+
+def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    noise = torch.randn(shape, generator=torch_generator(seed, name))
+    if len(shape) == 1:
+        return 1 + 0.1 * noise if name.endswith("weight") else 0.02 * noise
+    scale = next((scale for pattern, scale in _SCALES if fnmatchcase(name, pattern)), 1.0)
+    if any(fnmatchcase(name, pattern) for pattern in _TABLES):
+        return scale * noise
+    return scale / math.sqrt(math.prod(shape[1:])) * noise
