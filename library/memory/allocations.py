@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,19 @@ BLOCK = 512
 """Bytes that torch's caching allocator rounds each allocation up to."""
 
 
-@dataclass
+Compute = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+"""From an operation and its arguments, what it gives."""
+
+
+@dataclass(slots=True)
 class _Memory:
-    """One piece of memory, from its beginning to its end, in numbers of events."""
+    """One piece of memory, from its beginning to its end, in numbers of events; ``watch`` tells of the end."""
 
     size: int
     begin: int
     component: str
     end: int | None = None
+    watch: Any = None
 
 
 class Allocations(TorchDispatchMode):
@@ -33,14 +38,16 @@ class Allocations(TorchDispatchMode):
 
     Args:
         device: The type of the devices whose memory counts.
+        compute: What gives an operation's answer; by default the operation itself.
 
     Attributes:
         operations: Floating-point operations since ``start``.
         peak: The most bytes that were alive at once since ``start``.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, compute: Compute | None = None):
         super().__init__()
+        self._compute = compute or _itself
         self.operations = 0.0
         self.peak = 0
         self._device = device
@@ -52,9 +59,9 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """See ``TorchDispatchMode``."""
         kwargs = kwargs or {}
-        answer = func(*args, **kwargs)
+        answer = self._compute(func, args, kwargs)
         self.operations += operations(func, args, kwargs, answer)
-        self.add(tree_leaves(answer))
+        self.add((answer,) if isinstance(answer, Tensor) else tree_leaves(answer))
         return answer
 
     @property
@@ -80,7 +87,7 @@ class Allocations(TorchDispatchMode):
             self._alive[key] = memory
             self._known.append(memory)
             self._moved(size)
-            weakref.finalize(storage, self._ended, key, memory)
+            memory.watch = weakref.ref(storage, functools.partial(self._ended, key, memory))
 
     def name(self, values: Iterable[Any], component: str) -> None:
         """Say what the memory of these tensors is."""
@@ -101,8 +108,8 @@ class Allocations(TorchDispatchMode):
         key = value.untyped_storage()._cdata
         if (memory := self._alive.pop(key, None)) is not None:
             self._close(memory)
-        self._alive[key] = _Memory(0, self._events, "", self._events)
-        weakref.finalize(value.untyped_storage(), self._alive.pop, key, None)
+        memory = self._alive[key] = _Memory(0, self._events, "", self._events)
+        memory.watch = weakref.ref(value.untyped_storage(), functools.partial(self._forget, key))
 
     def at_peak(self) -> dict[str, int]:
         """What was alive at the peak: component -> bytes."""
@@ -118,7 +125,10 @@ class Allocations(TorchDispatchMode):
         if self._total > self.peak:
             self.peak, self._peak_at = self._total, self._events
 
-    def _ended(self, key: int, memory: _Memory) -> None:
+    def _forget(self, key: int, _: object) -> None:
+        self._alive.pop(key, None)
+
+    def _ended(self, key: int, memory: _Memory, _: object) -> None:
         if self._alive.get(key) is memory:
             del self._alive[key]
             self._close(memory)
@@ -127,6 +137,10 @@ class Allocations(TorchDispatchMode):
         memory.end = self._events
         self._events += 1
         self._total -= memory.size
+
+
+def _itself(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def on_gradients(parameters: Iterable[Tensor], act: Callable[[Tensor], None]) -> None:

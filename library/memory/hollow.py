@@ -6,7 +6,7 @@ with numbers. What an operation gives is asked of torch's meta device, once for 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,33 +49,37 @@ class _Layout(NamedTuple):
 class Hollow(TorchDispatchMode):
     """Inside, tensors get no numbers; one that is asked for its number says 1, or no."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._answers: dict[Any, Any] = {}
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """See ``TorchDispatchMode``."""
-        kwargs = dict(kwargs or {})
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        kind = _kind_of(func)
-        if kind.looks:
-            return func(*args, **kwargs)
-        if kind.writes and kind.only_writes:
-            written = [args[number] if number < len(args) else kwargs.get(name) for number, name in kind.writes]
-            return None if not kind.answers else written[0] if kind.answers == 1 else tuple(written[: kind.answers])
-        if kwargs.get("generator") is not None:
-            kwargs["generator"] = None  # of the host, and the meta device has none
-        laid_out = _laid_out(list(args)), _laid_out(kwargs)
-        if "device" in kwargs or (kind.asks_where and not _has_layout(laid_out)):
-            laid_out[1]["device"] = torch.device("meta")
-        elif not _has_layout(laid_out):  # nothing about tensors
-            return func(*args, **kwargs)
-        key = (func, _frozen(laid_out))
-        if key not in self._answers:
-            meta_args, meta_kwargs = _on_meta(laid_out)
-            self._answers[key] = _laid_out(func(*meta_args, **meta_kwargs))
-        return _reserved(self._answers[key])
+        return hollow(func, args, kwargs or {})
+
+
+def hollow(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an operation gives inside ``Hollow``, for another dispatch mode that stands in its place."""
+    if func is torch.ops.aten._local_scalar_dense.default:
+        return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+    kind = _kind_of(func)
+    if kind.looks:
+        return func(*args, **kwargs)
+    if kind.writes and kind.only_writes:
+        written = [args[number] if number < len(args) else kwargs.get(name) for number, name in kind.writes]
+        return None if not kind.answers else written[0] if kind.answers == 1 else tuple(written[: kind.answers])
+    kwargs = dict(kwargs)
+    if kwargs.get("generator") is not None:
+        kwargs["generator"] = None  # of the host, and the meta device has none
+    about_tensors = _has_tensor(args) or _has_tensor(kwargs.values())
+    if "device" in kwargs or (kind.asks_where and not about_tensors):
+        kwargs["device"] = torch.device("meta")
+    elif not about_tensors:
+        return func(*args, **kwargs)
+    named = tuple((name, _laid_out(value)) for name, value in kwargs.items())
+    return _reserved(_answer(func, tuple(map(_laid_out, args)), named, torch.get_default_dtype()))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _answer(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], default: torch.dtype) -> Any:
+    """What torch's meta device says, in layouts; ``default`` is the type of numbers that nobody gave one."""
+    return _layouts(func(*map(_on_meta, args), **{name: _on_meta(value) for name, value in kwargs}))
 
 
 @functools.cache
@@ -92,44 +96,36 @@ def _kind_of(func: Any) -> _Kind:
     return _Kind(looks, writes, len(infos), all(info is not None for info in infos), asks_where)
 
 
+def _has_tensor(values: Iterable[Any]) -> bool:
+    return any(
+        isinstance(value, Tensor) or (isinstance(value, list | tuple) and _has_tensor(value)) for value in values
+    )
+
+
 def _laid_out(value: Any) -> Any:
-    """The same with layouts in the place of tensors."""
+    """An argument as something that can be looked up, with layouts in the place of tensors; equal numbers of different
+    types stay apart.
+    """
     if isinstance(value, Tensor):
-        return _Layout(tuple(value.size()), value.stride(), value.dtype)
+        return _Layout(value.size(), value.stride(), value.dtype)
     if isinstance(value, list | tuple):
-        return type(value)(map(_laid_out, value)) if type(value) in (list, tuple) else tuple(map(_laid_out, value))
-    if isinstance(value, dict):
-        return {name: _laid_out(one) for name, one in value.items()}
-    return value
-
-
-def _frozen(value: Any) -> Any:
-    """The same as something that can be looked up; equal numbers of different types stay apart."""
-    if isinstance(value, _Layout):
-        return value
-    if isinstance(value, dict):
-        return tuple((name, _frozen(one)) for name, one in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_frozen, value))
-    return (type(value), value)
-
-
-def _has_layout(value: Any) -> bool:
-    if isinstance(value, _Layout):
-        return True
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return any(map(_has_layout, values))
+        return list, tuple(map(_laid_out, value))
+    return type(value), value
 
 
 def _on_meta(value: Any) -> Any:
-    """The same with tensors on the meta device in the place of layouts."""
+    """The argument again, with tensors on the meta device in the place of layouts."""
     if isinstance(value, _Layout):
         return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device="meta")
-    if isinstance(value, list | tuple):
-        return type(value)(map(_on_meta, value))
-    if isinstance(value, dict):
-        return {name: _on_meta(one) for name, one in value.items()}
-    return value
+    kind, content = value
+    return list(map(_on_meta, content)) if kind is list else content
+
+
+def _layouts(value: Any) -> Any:
+    """An answer with layouts in the place of tensors."""
+    if isinstance(value, Tensor):
+        return _Layout(value.size(), value.stride(), value.dtype)
+    return type(value)(map(_layouts, value)) if type(value) in (list, tuple) else value
 
 
 def _reserved(value: Any) -> Any:

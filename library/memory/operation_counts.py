@@ -4,8 +4,9 @@ A multiplication and an addition are two. Attention's backward pass counts twice
 computes again; torch takes the gradient of a grouped convolution's weight for that of a full one.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,18 +24,24 @@ def operations(func: Any, args: Any, kwargs: Mapping[str, Any], answer: Any) -> 
         kwargs: And this.
         answer: What it gave.
     """
+    count = _count_of(func)
+    return 0 if count is None else float(count(args, kwargs, answer))
+
+
+@functools.cache
+def _count_of(func: Any) -> Callable[[Any, Mapping[str, Any], Any], float] | None:
+    """From an operation's arguments and answer, how many it took; None for what is no matrix product."""
     packet = func._overloadpacket
     if packet is torch.ops.aten.convolution_backward:
-        return _convolution_backward(args)
+        return lambda args, kwargs, answer: _convolution_backward(args)
     name = packet.__name__
     if name.startswith("_scaled_dot_product") and "attention" in name:
         if name.endswith("_backward"):
-            _, q, k, v = args[:4]
-            return 2 * _attention(q, k, v)
-        return _attention(*args[:3])
+            return lambda args, kwargs, answer: 2 * _attention(*args[1:4])
+        return lambda args, kwargs, answer: _attention(*args[:3])
     if packet in flop_registry:
-        return float(flop_registry[packet](*args, **kwargs, out_val=answer))
-    return 0
+        return lambda args, kwargs, answer: flop_registry[packet](*args, **kwargs, out_val=answer)
+    return None
 
 
 def _attention(q: Any, k: Any, v: Any) -> float:

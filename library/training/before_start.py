@@ -24,9 +24,6 @@ from library.training.trial import MicroBatchShape
 
 log = logging.getLogger(__name__)
 
-_SMALL_MODEL = 100_000_000
-"""Numbers below which a model on the host is no matter of memory, and the forecast would take longer than it helps."""
-
 
 def free_memory(device: torch.device) -> int:
     """Bytes of a CUDA device that a run can have: what is free, and what this process has taken for CUDA already."""
@@ -80,12 +77,8 @@ def starting_lines(
     placements: Sequence[Placement],
     report: DataReport | None,
 ) -> list[str]:
-    """The forecast of a run that begins, in lines; the first may begin with ``WARNING``. None for small models on the
-    host, which take less time than the forecast.
-    """
+    """The forecast of a run that begins, in lines; the first may begin with ``WARNING``."""
     cuda = device.type == "cuda"
-    if not cuda and family.description.parameters < _SMALL_MODEL:
-        return []
     shape = largest_shape(config, family.latents.format, samples, placements)
     free = free_memory(device) if cuda else None
     rates = measured_rates(device, precision.frozen)

@@ -1,5 +1,6 @@
 """How fast a device computes and copies: measured in a moment, or assumed where there is none."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -39,10 +40,15 @@ ASSUMED = Rates(130e12, 22e9, "a card of 130 TFLOP/s behind a link of 22 GB/s, a
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The device's rates, measured in less than a second; nothing of the device stays taken."""
+    """The device's rates, measured in less than a second and once in a process; nothing of the device stays taken."""
+    return _measured(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
     operations = _product_rate(device, dtype)
     if device.type != "cuda":
-        return Rates(operations, None, f"one matrix product, measured on {torch.get_num_threads()} threads")
+        return Rates(operations, None, f"one matrix product, measured on {threads} threads")
     copied = _copy_rate(device)
     torch.cuda.empty_cache()
     title = f"one matrix product and one copy, measured on {torch.cuda.get_device_name(device)}"

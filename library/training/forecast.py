@@ -17,7 +17,7 @@ from library.data.loader import AHEAD
 from library.families.protocols import ModelFamily
 from library.memory.allocations import Allocations
 from library.memory.as_on_cuda import AsOnCuda
-from library.memory.hollow import Hollow
+from library.memory.hollow import hollow
 from library.records import LatentFormat, Resolution, Sample
 from library.training.full_model import DENOISER
 from library.training.jobs import job_of
@@ -177,7 +177,7 @@ class OtherPhases:
         batch = config.caching.vae_batch_size if config.caching.cache_latents else shape.rows
         vae = family.load_vae(device="meta", dtype=dtype)
         native, latents = family.description.native_resolution, family.latents.format
-        with Hollow(), Allocations("cpu") as allocations, AsOnCuda() if cuda else contextlib.nullcontext():
+        with Allocations("cpu", hollow) as allocations, AsOnCuda() if cuda else contextlib.nullcontext():
             vae = vae.to_empty(device="cpu")
             resident = allocations.alive
             with torch.no_grad():

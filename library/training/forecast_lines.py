@@ -38,7 +38,8 @@ def forecast_lines(
     )
     parts = forecast.step.components
     named = [name for name in _ORDER if parts.get(name, 0) >= _LEAST]
-    yield f"  the step's peak: {', '.join(f'{name} {amount(parts[name])}' for name in named)}"
+    if named:
+        yield f"  the step's peak: {', '.join(f'{name} {amount(parts[name])}' for name in named)}"
     others = {name: size for name, size in forecast.phases.items() if name != STEP}
     if others:
         yield f"  other phases: {', '.join(f'{name} {amount(size)}' for name, size in others.items())}"

@@ -3,7 +3,7 @@
 import functools
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class PreparedData:
         max_steps: Optimizer steps of the whole run.
         first_step: Steps that were done before this process started.
         report: What is said about the data; None on processes that say nothing.
+        forecast: What the run will take, in lines; none on processes that say nothing.
         origin: What states keep of where the run comes from: its own name, its data and the base model's weights.
     """
 
@@ -46,6 +47,7 @@ class PreparedData:
     max_steps: int
     first_step: int
     report: DataReport | None
+    forecast: Sequence[str]
     origin: Mapping[str, Any]
 
 
@@ -57,9 +59,10 @@ def prepare_data(
     accelerator: Accelerator,
     *,
     seed: int,
+    foresee: Callable[[TrainingData, DataReport], Sequence[str]],
     fill: Callable[[TrainingData], Mapping[str, str]],
 ) -> PreparedData:
-    """This finds the pictures, plans the steps, and fills the cache of latents.
+    """This finds the pictures, plans the steps, says what is known of the run, and fills the cache of latents.
 
     A picture that can't be decoded shows when it is encoded. It is remembered, and the data is found again: that stops
     the run and lists such pictures or, with ``--skip_bad_images``, leaves them out. What was encoded is kept.
@@ -71,6 +74,7 @@ def prepare_data(
         resumed: The state that the run goes on from, or None.
         accelerator: Device and processes.
         seed: Of the run.
+        foresee: What the run will take, in lines.
         fill: Encodes what the cache of latents lacks; returns the pictures that can't be decoded, content -> why.
 
     Raises:
@@ -95,10 +99,12 @@ def prepare_data(
         changes = resume(config, family, plan, max_steps, resumed, weights=weights, summary=summary)
         first_step = resumed.step if resumed is not None else 0
         check_bundle_step(config.training.replay_bundle_at_step, first_step, max_steps)
-        report = None
+        report: DataReport | None = None
+        forecast: Sequence[str] = ()
         if accelerator.is_main_process:
             report = data_report(config, data, plan, family, text, accelerator.num_processes)
-            for line in report_lines(report):
+            forecast = foresee(data, report)
+            for line in (*report_lines(report), *forecast):
                 log.log(logging.WARNING if line.startswith(WARNING) else logging.INFO, line.removeprefix(WARNING))
         bad = fill(data)
         if not bad:
@@ -118,7 +124,7 @@ def prepare_data(
         "data": summary,
         "weights": weights,
     }
-    return PreparedData(data, plan, max_steps, 0 if resumed is None else resumed.step, report, origin)
+    return PreparedData(data, plan, max_steps, 0 if resumed is None else resumed.step, report, forecast, origin)
 
 
 def check_update_interval(config: RunConfig, max_steps: int) -> None:

@@ -19,6 +19,7 @@ from library.config.resolved import resolved_toml
 from library.config.run import RunConfig
 from library.config.sampling import SkipLayerGuidance
 from library.data.loader import BatchReader
+from library.data.report import DataReport
 from library.data.report_lines import WARNING, report_lines
 from library.families import create_family
 from library.families.protocols import ModelFamily
@@ -43,7 +44,7 @@ from library.training.losses import LossHistory
 from library.training.metadata import run_metadata
 from library.training.model_side import component_types, load_model_side
 from library.training.precision import Precision, resolve_precision
-from library.training.prepare_data import PreparedData, prepare_data
+from library.training.prepare_data import prepare_data
 from library.training.quantized_matmul import matmul_facts, saved_matmul
 from library.training.report import run_facts, run_lines
 from library.training.resume_from import Resumed, RunIsComplete, agree_on_resumed
@@ -124,11 +125,13 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)
-    prepared = prepare_data(config, family, text, resumed, accelerator, seed=seed, fill=preparation.fill)
+    foresee = functools.partial(foreseen, config, family, precision, accelerator, sharding)
+    prepared = prepare_data(
+        config, family, text, resumed, accelerator, seed=seed, foresee=foresee, fill=preparation.fill
+    )
     data, plan, latent_side = prepared.data, prepared.plan, preparation.finish(keep=bool(requests))
     _, trained = component_types(config, family, job, precision)
     text_side = prepare_text(config, data, family, text, requests, precision, accelerator, trained=trained)
-    forecast = foreseen(config, family, precision, prepared, accelerator, sharding)
     model = load_model_side(
         config,
         family,
@@ -223,7 +226,7 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
     for line in lines:
         log.info(line)
     if prepared.report is not None:
-        comments = "".join(f"# {line}\n" for line in [*lines, *forecast, *report_lines(prepared.report)])
+        comments = "".join(f"# {line}\n" for line in [*lines, *prepared.forecast, *report_lines(prepared.report)])
         with starting_files(config.saving.output_dir):
             write_text(resolved_path(config), f"{resolved_toml(config, seed=seed)}\n{comments}")
     return run, taker
@@ -233,20 +236,16 @@ def foreseen(
     config: RunConfig,
     family: ModelFamily,
     precision: Precision,
-    prepared: PreparedData,
     accelerator: Accelerator,
     sharding: ShardingSettings | None,
+    data: training_data.TrainingData,
+    report: DataReport,
 ) -> list[str]:
-    """Log what the run will take, on the main process, and return it in lines; a sharded run isn't foreseen."""
-    if sharding is not None or not accelerator.is_main_process:
-        return []
-    data = prepared.data
-    lines = starting_lines(
-        config, family, precision, accelerator.device, data.discovery.samples, data.placements, prepared.report
-    )
-    for line in lines:
-        log.log(logging.WARNING if line.startswith(WARNING) else logging.INFO, line.removeprefix(WARNING))
-    return lines
+    """What the run will take, in lines; the first may begin with ``WARNING``."""
+    if sharding is not None:
+        return ["forecast: none (what processes take that share a model isn't foreseen)"]
+    samples, placements = data.discovery.samples, data.placements
+    return starting_lines(config, family, precision, accelerator.device, samples, placements, report)
 
 
 def make_folder(name: str, folder: str) -> None:

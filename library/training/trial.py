@@ -22,7 +22,7 @@ from library.data.plan import BatchPlan, MicroBatch, Visit
 from library.families.protocols import ModelFamily
 from library.memory.allocations import Allocations, on_gradients
 from library.memory.as_on_cuda import AsOnCuda
-from library.memory.hollow import Hollow
+from library.memory.hollow import hollow
 from library.memory.plain_transfers import PlainStash, PlainStateTransfers, PlainTransfers, Traffic
 from library.records import Batch, Resolution, TensorRecord
 from library.training.ema import WeightAverage
@@ -108,8 +108,7 @@ def try_step(
     """
     with _nothing_said(), contextlib.ExitStack() as modes:
         modes.enter_context(torch.random.fork_rng(devices=[]))  # the step seeds torch's own generator
-        modes.enter_context(Hollow())
-        allocations = modes.enter_context(Allocations("cpu"))
+        allocations = modes.enter_context(Allocations("cpu", hollow))
         if cuda:
             modes.enter_context(AsOnCuda())
         traffic = Traffic()

@@ -71,7 +71,9 @@ def fill_cache(config: RunConfig) -> Filling:
         with filling.timed("latents"):
             return preparation.fill(data)
 
-    data = prepare_data(config, family, text, resumed, accelerator, seed=seed, fill=fill).data
+    data = prepare_data(
+        config, family, text, resumed, accelerator, seed=seed, foresee=lambda data, report: (), fill=fill
+    ).data
     if latents:
         preparation.finish(keep=False)
     if texts:

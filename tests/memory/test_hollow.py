@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from library.memory.allocations import BLOCK, Allocations
-from library.memory.hollow import Hollow
+from library.memory.hollow import Hollow, hollow
 
 
 def layouts(values):
@@ -57,6 +57,27 @@ def test_views_share_memory_and_what_is_changed_in_place_stays_itself():
         x.mul_(2).add_(1)
         torch.add(x, 1, out=x)
         assert allocations.peak == BLOCK
+
+
+def test_numbers_without_a_type_have_the_one_that_is_the_default_now():
+    with Hollow():
+        assert torch.ones(3).dtype == (torch.arange(3) / 2).dtype == torch.float32
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.ones(3).dtype == (torch.arange(3) / 2).dtype == torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_what_counts_allocations_may_do_without_numbers_itself():
+    with Hollow(), Allocations("cpu") as apart:
+        work()
+    with Allocations("cpu", hollow) as together:
+        assert layouts(work()) == layouts(work())
+        assert torch.randn(3, 3).sum().item() == 1.0
+        together.start("")
+        work()
+    assert (together.peak, together.operations) == (apart.peak, apart.operations) != (0, 0)
 
 
 def test_who_asks_for_numbers_gets_some():

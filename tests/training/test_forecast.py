@@ -135,6 +135,7 @@ def test_lines_say_what_is_needed_where_and_for_how_long(one):
 def test_rates_are_measured():
     rates = measured_rates(torch.device("cpu"), torch.float32)
     assert 1e8 < rates.operations < 1e15 and rates.copied is None and "measured" in rates.title
+    assert measured_rates(torch.device("cpu"), torch.float32) is rates  # once in a process
 
 
 def test_what_can_not_be_foreseen_is_said_and_stops_nothing(one, capsys, monkeypatch):
@@ -199,11 +200,19 @@ def test_automatic_swapping_takes_what_the_device_lacks(one, monkeypatch):
     assert count == family.description.blocks and note.startswith("warning: ") and "--fit auto" in note
 
 
-def test_a_large_model_is_foreseen_when_its_run_begins(one, monkeypatch, capsys):
-    monkeypatch.setattr(before_start, "_SMALL_MODEL", 1)
+def test_every_run_is_foreseen_once_before_anything_is_loaded(one, capsys):
     assert one("out", **CACHED, max_train_steps=1) == 0
-    assert "forecast: at most" in capsys.readouterr().err
-    assert "# forecast: at most" in (one.folder / "out" / "run-run.toml").read_text()
+    before, after = capsys.readouterr().err.split("loading the VAE", 1)
+    assert before.count("forecast: at most") == 1 and "forecast" not in after
+    written = (one.folder / "out" / "run-run.toml").read_text()
+    assert written.count("# forecast: at most") == 1 and "#   each step: " in written
+
+
+def test_a_model_that_processes_share_is_said_not_to_be_foreseen(one):
+    config, family = configured(one, **CACHED)
+    precision = resolve_precision(config, accelerator_available=False)
+    lines = setup.foreseen(config, family, precision, sharding=object(), accelerator=None, data=None, report=None)
+    assert lines == ["forecast: none (what processes take that share a model isn't foreseen)"]
 
 
 def test_a_run_that_may_not_fit_is_warned_and_goes_on(one, monkeypatch):
