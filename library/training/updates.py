@@ -18,6 +18,7 @@ from library.optimizers.kahan import KahanSummation, forget_rests
 from library.optimizers.one_by_one import Narrowing, OneByOne, steps_apart
 from library.optimizers.rounding import Rounding
 from library.training.fused_backward import FusedBackward
+from library.training.guarded_update import GuardedUpdate, takes_guard
 from library.training.optimizers import OPTIMIZERS, create_optimizer
 from library.training.placing import Carriers
 from library.training.run import Run
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
-    """This gives the run what steps its weights one by one, where options ask for that.
+    """This gives the run what steps its weights one by one, where options ask for that, or what guards its updates.
 
     Args:
         run: Its optimizer's state has been restored.
@@ -37,6 +38,9 @@ def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
     if not training.kahan_summation:
         forget_rests(optimizer)
     if not single_step_options(training, memory):
+        scaled = run.accelerator.scaler is not None  # the loss scaler decides on updates itself
+        if takes_guard(optimizer) and not (run.sharded or scaled):
+            run.guard = GuardedUpdate(run.optimizer, optimizer)
         return
     parameters, swap = run.parameters, run.swap
     narrowing: Narrowing | None = None
