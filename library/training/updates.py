@@ -38,9 +38,7 @@ def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
     if not training.kahan_summation:
         forget_rests(optimizer)
     if not single_step_options(training, memory):
-        scaled = run.accelerator.scaler is not None  # the loss scaler decides on updates itself
-        if takes_guard(optimizer) and not (run.sharded or scaled):
-            run.guard = GuardedUpdate(run.optimizer, optimizer)
+        run.guard = guarded_update(run, optimizer)
         return
     parameters, swap = run.parameters, run.swap
     narrowing: Narrowing | None = None
@@ -57,6 +55,16 @@ def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
         run.fused_backward = FusedBackward(run.one_by_one, parameters, called, stepped)
         if swap is not None:
             swap.settle = run.fused_backward.settle
+
+
+def guarded_update(run: Run, optimizer: Optimizer) -> GuardedUpdate | None:
+    """What lets the device drop updates; None where the host has to wait for each step's numbers before it updates."""
+    scaled = run.accelerator.scaler is not None  # the loss scaler decides on updates itself
+    # an activation's memory is free for others once the host sees that its copy has ended: ahead of the device by a
+    # step, it would see two steps' activations held
+    offloaded = run.config.memory.cpu_offload_checkpointing
+    waits = run.sharded or scaled or offloaded or not takes_guard(optimizer)
+    return None if waits else GuardedUpdate(run.optimizer, optimizer)
 
 
 def state_home(run: Run, optimizer: Optimizer, carriers: Carriers | None) -> StateOffload | None:

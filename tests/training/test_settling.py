@@ -252,9 +252,12 @@ def test_where_others_decide_on_updates_none_is_guarded(trainer, monkeypatch):
         monkeypatch.setattr(run.accelerator, "scaler", torch.amp.GradScaler("cpu"))
         answers.append(guarded(run))
         monkeypatch.undo()
-        memory = dataclasses.replace(run.config.memory, fused_backward_pass=True)
-        run.config = dataclasses.replace(run.config, memory=memory)
-        return [*answers, guarded(run)]
+        config = run.config
+        for option in ("cpu_offload_checkpointing", "fused_backward_pass"):
+            memory = dataclasses.replace(config.memory, gradient_checkpointing=True, **{option: True})
+            run.config = dataclasses.replace(config, memory=memory)
+            answers.append(guarded(run))
+        return answers
 
     options = {**CACHED, **GUARDED, "network_train_unet_only": True, "max_grad_norm": 0}
-    assert trainer.with_run("out", act, **options) == [True, False, False, False]
+    assert trainer.with_run("out", act, **options) == [True, False, False, False, False]

@@ -133,7 +133,7 @@ def put_on_meta(run, monkeypatch):
     monkeypatch.setattr(code, "_device_dtype_check_for_fused", lambda parameter: None)
 
 
-@pytest.mark.parametrize("family", ["trainer", "full_trainer", "sana_trainer"])
+@pytest.mark.parametrize("family", ["trainer", "sana_trainer"])
 def test_a_guarded_step_never_waits(request, monkeypatch, family):
     trainer = request.getfixturevalue(family)
     computed, waited = [], []
