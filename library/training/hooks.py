@@ -72,7 +72,7 @@ def log_numbers() -> StepHook:
         samples = run.plan.step(done - 1)[0].step_samples
         run.trackers.log_step(done, run.epoch_number(done), logged, samples=samples)
 
-    return StepHook(always, act)
+    return StepHook(always, act, can_wait=True)
 
 
 class SampleTaker:

@@ -1,6 +1,7 @@
 """The loop."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,15 +10,15 @@ from library.records import Batch
 from library.training.bundle import StepNumbers, write_bundle
 from library.training.gradients import gradient_norm, sum_gradients
 from library.training.non_finite import NonFiniteLoss
-from library.training.on_non_finite import FailedStep, is_failed, meet
+from library.training.on_non_finite import meet
 from library.training.optimizers import set_training_mode
+from library.training.pending_step import ComputedStep
 from library.training.run import Run
 from library.training.saved_weights import step_name
-from library.training.schedules import current_learning_rates
+from library.training.settling import call_hooks, is_wanted, note_numbers, send_numbers, settle
 from library.training.sharding import to_propagate
 from library.training.states import save_state
 from library.training.step import MicroBatchLoss, training_loss
-from library.training.stopping import STOP_CODES
 
 
 def train(run: Run) -> None:
@@ -27,9 +28,10 @@ def train(run: Run) -> None:
     run.trackers.show_progress(first_step=run.first_step, max_steps=run.max_steps)
     for step in range(run.first_step, run.max_steps):
         optimize(run, step)
-        for hook in run.hooks:
-            if hook.due(run, step + 1):
-                hook.act(run, step + 1)
+        if run.pending is None:
+            call_hooks(run, step + 1)
+        elif is_wanted(run, step + 1):
+            settle(run)
         if run.stop_code and step + 1 < run.max_steps:
             save_for_later(run, step + 1)
             return
@@ -47,7 +49,39 @@ def save_for_later(run: Run, done: int) -> None:
 def optimize(run: Run, step: int) -> None:
     """Do one optimizer step: every micro-batch forward and backward, then clip, update, and note the numbers.
 
-    The batches are kept until it is known whether the step's numbers are finite.
+    Where the device guards the update, the numbers stay ``run.pending``, and those of the step before, which have long
+    arrived, are looked at instead. If its update was dropped, this step was computed ahead on weights that needn't be
+    those that it is to see: it is computed again.
+    """
+    try:
+        computed = compute(run, step, run.batches)
+    finally:  # whatever becomes of this step, that one is done
+        dropped = run.pending is not None and settle(run)
+    if dropped:
+        computed = compute(run, step, iter(computed.batches))
+    pending = send_numbers(run, computed)
+    if run.guard is not None and step + 1 != run.config.training.replay_bundle_at_step:
+        run.guard.step(pending.failed)
+        run.pending = pending
+    elif note_numbers(run, pending):
+        meet(run, computed)
+    else:
+        if step + 1 == run.config.training.replay_bundle_at_step:
+            numbers = StepNumbers(run.step_numbers["loss"], run.step_numbers["gradient_norm"])
+            run.trackers.say(write_bundle(run, "replay", step, computed.batches, numbers, weights_are_of_before=True))
+        if run.fused_backward is None:
+            update_weights(run, step)
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def compute(run: Run, step: int, source: Iterator[Batch]) -> ComputedStep:
+    """Do every micro-batch of a step forward and backward, and finish the gradients.
+
+    Args:
+        run: The run.
+        step: Counted from 0.
+        source: Gives the micro-batches.
     """
     sums = torch.zeros(5, device=run.device)
     batches: list[Batch] = []
@@ -55,7 +89,7 @@ def optimize(run: Run, step: int) -> None:
     refused = None
     try:
         for number in range(passes(run, step)):  # accumulation is data, not control flow
-            batch = next(run.batches)
+            batch = next(source)
             share = training_loss(run, batch, step_samples=step_samples)
             if counts := number < mine:
                 batches.append(batch)
@@ -69,30 +103,7 @@ def optimize(run: Run, step: int) -> None:
         norm = finish_gradients(run)
     except NonFiniteLoss as error:  # of fused backward, which looks at each gradient
         refused, norm = error, torch.tensor(math.nan)
-    asked = torch.tensor([run.stopper.exit_code == code for code in STOP_CODES], dtype=sums.dtype)
-    norm = norm.to(sums, non_blocking=True).reshape(1)
-    sums = torch.cat([sums, asked.to(run.device, non_blocking=True), ~norm.isfinite()])
-    sums = run.accelerator.reduce(sums, reduction="sum")
-    # The one moment of a step in which the host waits for the device: no weight may follow a number that is none.
-    loss, *others, infinite_norms, own_norm = torch.cat([sums, norm]).tolist()
-    of_kinds, asking = others[:4], others[4:]
-    run.stop_code = next((code for code, processes in zip(STOP_CODES, asking) if processes), 0)
-    rates = current_learning_rates(getattr(run.optimizer, "optimizer", run.optimizer))
-    run.step_numbers = {"loss": loss, "gradient_norm": own_norm}
-    for name, total, count in zip(("loss/regularisation", "loss/prior"), of_kinds[::2], of_kinds[1::2]):
-        if count:
-            run.step_numbers[name] = total / count
-    run.step_numbers.update({f"lr/{name}": rate for name, rate in rates.items()})
-    if is_failed(run, infinite_norms=infinite_norms):
-        meet(run, FailedStep(step, batches, step_samples, refused))
-    else:
-        if step + 1 == run.config.training.replay_bundle_at_step:
-            numbers = StepNumbers(loss, run.step_numbers["gradient_norm"])
-            run.trackers.say(write_bundle(run, "replay", step, batches, numbers, weights_are_of_before=True))
-        if run.fused_backward is None:
-            update_weights(run, step)
-    run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    return ComputedStep(step, batches, step_samples, sums, norm, refused)
 
 
 def finish_gradients(run: Run) -> Tensor:

@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -11,10 +10,10 @@ from torch import nn
 from library.config.errors import ConfigError
 from library.config.training import MOST_BUNDLES, MOST_ROLLBACKS, MOST_SKIPPED_IN_A_ROW
 from library.io.safetensors import is_finite
-from library.records import Batch
 from library.training.bundle import StepNumbers, write_bundle
 from library.training.non_finite import NonFiniteLoss
 from library.training.optimizers import set_training_mode
+from library.training.pending_step import ComputedStep
 from library.training.run import Run
 from library.training.state_files import read_progress
 from library.training.states import restore_state
@@ -22,22 +21,6 @@ from library.training.step import training_loss
 
 # What a schedule sets in the optimizer's groups.
 _SCHEDULED = ("lr", "betas", "momentum")
-
-
-class FailedStep(NamedTuple):
-    """A step whose numbers aren't finite, before any weight moved; with fused backward some may have.
-
-    Attributes:
-        step: Counted from 0.
-        batches: This process's micro-batches.
-        step_samples: How many samples the whole step has.
-        refused: What fused backward met, or None.
-    """
-
-    step: int
-    batches: Sequence[Batch]
-    step_samples: int
-    refused: NonFiniteLoss | None
 
 
 def is_failed(run: Run, *, infinite_norms: float) -> bool:
@@ -55,7 +38,7 @@ def is_failed(run: Run, *, infinite_norms: float) -> bool:
     return not math.isfinite(run.step_numbers["loss"]) or (infinite_norms > 0 and not ordinary)
 
 
-def meet(run: Run, failed: FailedStep) -> None:
+def meet(run: Run, failed: ComputedStep) -> None:
     """Do what ``--on_nonfinite`` asks for; afterwards the run goes on with the next step.
 
     Raises:
@@ -96,7 +79,7 @@ def meet(run: Run, failed: FailedStep) -> None:
     )
 
 
-def _description(run: Run, failed: FailedStep) -> tuple[str, str]:
+def _description(run: Run, failed: ComputedStep) -> tuple[str, str]:
     """What happened, and what of the step was applied."""
     left = "Nothing of this step was applied or saved"
     value, parameter = _culprit(run, failed)
@@ -109,14 +92,14 @@ def _description(run: Run, failed: FailedStep) -> tuple[str, str]:
     return f"step {failed.step + 1}: the {what} is {value}; samples: {', '.join(samples)}", left
 
 
-def _culprit(run: Run, failed: FailedStep) -> tuple[float, str | None]:
+def _culprit(run: Run, failed: ComputedStep) -> tuple[float, str | None]:
     if failed.refused is not None:
         return failed.refused.value, failed.refused.parameter
     loss, norm = run.step_numbers["loss"], run.step_numbers["gradient_norm"]
     return (norm if math.isfinite(loss) else loss), None
 
 
-def _bundle(run: Run, failed: FailedStep) -> str:
+def _bundle(run: Run, failed: ComputedStep) -> str:
     """Write the replay bundle; returns what to tell people."""
     refused = failed.refused
     own = refused.parameter if refused is not None else _first_bad_parameter(run, failed)
@@ -126,7 +109,7 @@ def _bundle(run: Run, failed: FailedStep) -> str:
     return write_bundle(run, "nonfinite", failed.step, failed.batches, numbers, weights_are_of_before=before)
 
 
-def _first_bad_parameter(run: Run, failed: FailedStep) -> str | None:
+def _first_bad_parameter(run: Run, failed: ComputedStep) -> str | None:
     """The first parameter whose gradient isn't finite in this process's share of the step, which is done once more.
 
     Clipping has spread the number over all gradients by now. A sharded model's passes take all processes, whose

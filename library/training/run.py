@@ -18,8 +18,10 @@ from library.optimizers.one_by_one import OneByOne
 from library.records import Batch
 from library.training.ema import WeightAverage
 from library.training.fused_backward import FusedBackward
+from library.training.guarded_update import GuardedUpdate
 from library.training.losses import LossHistory
 from library.training.non_finite import DroppedSteps
+from library.training.pending_step import PendingStep
 from library.training.stopping import Stopper
 from library.training.trackers import Trackers
 
@@ -49,7 +51,7 @@ class Run:
         max_steps: Optimizer steps of the whole run.
         first_step: Steps that were done before this process started.
         weight_dtype: Of the frozen weights.
-        hooks: Called in order after each optimizer step.
+        hooks: Called in order after each optimizer step, once its numbers are known.
         trackers: Where numbers are logged.
         history: Losses of the steps so far.
         stopper: Whether this process was asked to stop.
@@ -60,6 +62,9 @@ class Run:
         origin: What states keep of where the run comes from, see ``prepare_data``, and of how it computes.
         last_state: The newest state that this process knows to be whole: what it wrote last, or went on from.
         fused_backward: Steps them during the backward pass, where that is asked for.
+        guard: Lets the device drop an update whose numbers are none, where the optimizer can do that. Then the host
+            goes on without having seen them.
+        pending: The newest step, while its numbers are on their way to the host.
         swap: Takes trained weights to and fro between host and device, where that is asked for.
         sharded: Whether each process has a part of every trained weight. Then all processes take part in each forward
             pass, and in whatever reads whole weights.
@@ -92,6 +97,8 @@ class Run:
     average: WeightAverage | None = None
     one_by_one: OneByOne | None = None
     fused_backward: FusedBackward | None = None
+    guard: GuardedUpdate | None = None
+    pending: PendingStep | None = None
     swap: BlockSwap | None = None
     sharded: bool = False
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -144,7 +151,8 @@ class StepHook:
     Attributes:
         due: Takes the run and the number of optimizer steps done, and says whether it is time.
         act: Takes the same and does it.
+        can_wait: Whether it needs the step's numbers and no weights, so that the next step may be under way.
     """
 
-    def __init__(self, due: Callable[[Run, int], bool], act: Callable[[Run, int], None]):
-        self.due, self.act = due, act
+    def __init__(self, due: Callable[[Run, int], bool], act: Callable[[Run, int], None], *, can_wait: bool = False):
+        self.due, self.act, self.can_wait = due, act, can_wait

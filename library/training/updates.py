@@ -18,6 +18,7 @@ from library.optimizers.kahan import KahanSummation, forget_rests
 from library.optimizers.one_by_one import Narrowing, OneByOne, steps_apart
 from library.optimizers.rounding import Rounding
 from library.training.fused_backward import FusedBackward
+from library.training.guarded_update import GuardedUpdate, takes_guard
 from library.training.optimizers import OPTIMIZERS, create_optimizer
 from library.training.placing import Carriers
 from library.training.run import Run
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
-    """This gives the run what steps its weights one by one, where options ask for that.
+    """This gives the run what steps its weights one by one, where options ask for that, or what guards its updates.
 
     Args:
         run: Its optimizer's state has been restored.
@@ -37,6 +38,7 @@ def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
     if not training.kahan_summation:
         forget_rests(optimizer)
     if not single_step_options(training, memory):
+        run.guard = guarded_update(run, optimizer)
         return
     parameters, swap = run.parameters, run.swap
     narrowing: Narrowing | None = None
@@ -53,6 +55,16 @@ def prepare_updates(run: Run, carriers: Carriers | None = None) -> None:
         run.fused_backward = FusedBackward(run.one_by_one, parameters, called, stepped)
         if swap is not None:
             swap.settle = run.fused_backward.settle
+
+
+def guarded_update(run: Run, optimizer: Optimizer) -> GuardedUpdate | None:
+    """What lets the device drop updates; None where the host has to wait for each step's numbers before it updates."""
+    scaled = run.accelerator.scaler is not None  # the loss scaler decides on updates itself
+    # an activation's memory is free for others once the host sees that its copy has ended: ahead of the device by a
+    # step, it would see two steps' activations held
+    offloaded = run.config.memory.cpu_offload_checkpointing
+    waits = run.sharded or scaled or offloaded or not takes_guard(optimizer)
+    return None if waits else GuardedUpdate(run.optimizer, optimizer)
 
 
 def state_home(run: Run, optimizer: Optimizer, carriers: Carriers | None) -> StateOffload | None:

@@ -399,7 +399,7 @@ def test_pinned_memory_is_no_larger_than_asked_for():
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "mixed_precision": "bf16"}])
-def test_the_host_waits_for_the_device_once_a_step(trainer, options):
+def test_the_host_never_waits_for_the_device_in_a_step(trainer, options):
     import warnings
 
     from library.training.loop import optimize
@@ -417,7 +417,24 @@ def test_the_host_waits_for_the_device_once_a_step(trainer, options):
         return [str(one.message) for one in caught if "synchroniz" in str(one.message)]
 
     options = {**CACHED, "max_train_steps": 2, "gradient_accumulation_steps": 2, **options}
-    assert len(trainer.with_run("out", act, **options)) == 1
+    assert trainer.with_run("out", act, **options) == []
+    options["optimizer_args"] = ["fused=False"]
+    assert len(trainer.with_run("looked", act, **options)) == 1
+
+
+def test_an_update_that_the_device_drops_never_was():
+    from library.training.guarded_update import GuardedUpdate
+
+    parameter = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    guard = GuardedUpdate(optimizer, optimizer)
+    parameter.grad = torch.ones_like(parameter)
+    guard.step(torch.zeros((), device="cuda"))
+    before = [parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())]
+    parameter.grad = torch.full_like(parameter, torch.nan)
+    guard.step(torch.ones((), device="cuda"))
+    after = [parameter.detach(), *optimizer.state[parameter].values()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_the_norms_kernel_works_here():

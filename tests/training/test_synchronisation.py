@@ -1,4 +1,4 @@
-"""Nothing in a micro-batch makes the host wait for the device.
+"""Nothing in a micro-batch makes the host wait for the device, nor in a step whose update the device guards.
 
 The step runs on the meta device, which has no numbers to wait for: whatever would read one fails or is noticed, and so
 is a copy to it that isn't asynchronous.
@@ -7,6 +7,7 @@ is a copy to it that isn't asynchronous.
 import contextlib
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from library.training import loop, pending_step
+from library.training.settling import is_wanted
 from library.training.step import training_loss
 from tests.conftest import Trainer
 
@@ -103,3 +106,60 @@ def test_a_micro_batch_never_waits(tiny_file, tiny_sana_file, photos, tmp_path, 
         return waits.found
 
     assert trainer.with_run("out", act, **CACHED, **options) == []
+
+
+class Arrival:
+    """Numbers on their way: notes how many steps were computed when somebody waited for them."""
+
+    def __init__(self, computed: list[int], waited: list[tuple[int, int]]):
+        self.step, self.computed, self.waited = len(computed), computed, waited
+
+    def synchronize(self):
+        self.waited.append((self.step, len(self.computed)))
+
+
+def put_on_meta(run, monkeypatch):
+    """The run with its model and what it trains on the device without numbers."""
+    meta, optimizer = torch.device("meta"), run.optimizer.optimizer
+    names = {parameter: name for name, parameter in run.trainable.named_parameters()}
+    run.denoiser.to(meta)
+    run.trainable.to(meta)
+    moved = dict(run.trainable.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [moved[names[parameter]] for parameter in group["params"]]
+    monkeypatch.setattr(type(run.accelerator), "device", property(lambda accelerator: meta))
+    # torch names the devices that its kernels are for
+    code = sys.modules[type(optimizer)._init_group.__module__]
+    monkeypatch.setattr(code, "_device_dtype_check_for_fused", lambda parameter: None)
+
+
+@pytest.mark.parametrize("family", ["trainer", "sana_trainer"])
+def test_a_guarded_step_never_waits(request, monkeypatch, family):
+    trainer = request.getfixturevalue(family)
+    computed, waited = [], []
+    compute = loop.compute
+
+    def noted(run, step, source):
+        answer = compute(run, step, source)
+        computed.append(step)
+        return answer
+
+    def act(run):
+        put_on_meta(run, monkeypatch)
+        monkeypatch.setattr(loop, "compute", noted)
+        monkeypatch.setattr(
+            pending_step, "_to_host", lambda numbers: (torch.zeros(numbers.shape), Arrival(computed, waited))
+        )
+        waits = Waits()
+        with waits:
+            for step in range(4):
+                loop.optimize(run, step)
+                assert not is_wanted(run, step + 1)
+        return waits.found
+
+    options = {"optimizer_args": ["fused=True"], "gradient_accumulation_steps": 2, "max_train_steps": 8}
+    if trainer.network:
+        options["network_train_unet_only"] = True
+    assert trainer.with_run("out", act, **CACHED, **options) == []
+    assert waited == [(1, 2), (2, 3), (3, 4)]  # each when the next step was on its way
+    assert [entry["step"] for entry in trainer.log("out")] == [1, 2, 3]
