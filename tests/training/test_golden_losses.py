@@ -86,7 +86,7 @@ def trainer_of(family: str, model: Path, folder: Path) -> Trainer:
     for name in ("chelsea", "camera", "coffee", "clock_motion"):
         for ending in (".png", ".txt"):
             shutil.copy(photos / f"{name}{ending}", four)
-    return Trainer(model, four, folder, family, network=family == "sd3")
+    return Trainer(model, four, folder, family, job="adapter" if family == "sd3" else "full")
 
 
 def losses(trainer: Trainer, same: Same, **options) -> list[float]:
