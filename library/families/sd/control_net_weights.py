@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.config.control_net import OPTION
+from library.config.errors import ConfigError
 from library.families.sd.blocks import NORM_EPS, NORM_GROUPS
 from library.families.sd.control_net import HINT_WIDTHS, ControlNet
 from library.families.sd.control_net_files import keys_of, locate_control_net
@@ -56,7 +58,10 @@ def load_control_net(
         control_net = ControlNet(UNetConfig(**dataclasses.asdict(sizes)), attention=attention)
     if path is not None:
         own = locate_control_net(path, sizes)
-        fill(control_net, own, keys_of(sizes).all, device=device, dtype=dtype, mmap=mmap)
+        try:
+            fill(control_net, own, keys_of(sizes).all, device=device, dtype=dtype, mmap=mmap)
+        except ConfigError as error:
+            raise ConfigError(f"--{OPTION}: {error}") from error
         return control_net
     shapes = {name: tensor.shape for name, tensor in control_net.state_dict().items()}
     on_meta = torch.device(device).type == "meta"
