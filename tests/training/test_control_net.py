@@ -34,10 +34,8 @@ def trainer(tiny_sd_file, photos, tmp_path):
 def dataset(trainer, edges):
     """Writes a dataset TOML with control pictures."""
 
-    def write(subset="", general=""):
-        path = trainer.dataset(subset=f"conditioning_data_dir = {json.dumps(str(edges))}\n{subset}", general=general)
-        path.write_text(path.read_text().replace("= 32", "= 64"))
-        return path
+    def write(subset=""):
+        return trainer.dataset(subset=f"conditioning_data_dir = {json.dumps(str(edges))}\n{subset}")
 
     return write
 
