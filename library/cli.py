@@ -175,11 +175,12 @@ def checked_configuration(script: Script, command_line: CommandLine) -> tuple[Ru
     if description is not None:
         config = config.with_model_defaults(description)
         problems += config.model_problems(description)
+    how: dict[str, Any] = {"resolution_step": step, "seed": 0, "steered": config.control_net is not None}
     if description is not None:
         sampled = description
-        checked(lambda: requested_samples(config.sampling, sampled, resolution_step=step, seed=0), None)
+        checked(lambda: requested_samples(config.sampling, sampled, **how), None)
     elif prompts := config.sampling.sample_prompts:
-        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, resolution_step=step, seed=0), None)
+        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, **how), None)
     # What follows from an option that was refused already would only confuse
     blamed = re.compile("|".join(rf"--{name}\b" for name in command_line.unusable) or "(?!)")
     new = [problem for problem in problems if not blamed.search(problem)]

@@ -147,6 +147,19 @@ def test_the_first_answer_is_the_base_models(run, trainer, dataset):
     assert trainer.with_run("out", act, **CACHED, dataset_config=dataset())
 
 
+def test_samples_follow_their_control_pictures(run, trainer, edges):
+    Image.new("RGB", (64, 64), "red").save(trainer.folder / "red.png")
+    prompts = trainer.folder / "prompts.txt"
+    same = "a cat --w 64 --h 64 --s 1 --l 1 --d 5 --cn"
+    prompts.write_text(f"{same} {edges / 'coffee.png'}\n{same} {trainer.folder / 'red.png'}\n")
+    options = {"sample_prompts": prompts, "sample_at_first": True, "sample_every_n_steps": 2}
+    assert run("out", **CACHED, **options, max_train_steps=2, learning_rate=0.05) == 0
+    pictures = {path.name[:-6]: Image.open(path) for path in (trainer.folder / "out" / "sample").iterdir()}
+    coffee, red, first, second = (pictures[name].tobytes() for name in sorted(pictures))
+    assert coffee != red and first == second  # before the first step it changes nothing
+    assert json.loads(pictures["run_000002_01"].text["atelier"])["control"].endswith("red.png")
+
+
 def test_its_forecast_counts_it(run, capsys):
     assert run("out", **CACHED, fit="1GiB") == 0
     told = capsys.readouterr().out
@@ -196,6 +209,14 @@ def test_what_can_not_be_is_said_before_anything_is_loaded(run, trainer, dataset
         ({"dataset_config": dataset("unmasked_weight = 0.5")}, "unmasked_weight does nothing without masks"),
     ):
         assert refused(**options) == 2
+        assert any(told in line for line in errors(capsys)), told
+    prompts = trainer.folder / "prompts.txt"
+    for line, told in (
+        ("a cat", "prompts.txt, line 1: the control picture is missing, by which the ControlNet steers; add --cn"),
+        ("a cat --cn no.png", "prompts.txt, line 1: the control picture 'no.png' can't be read: No such file"),
+    ):
+        prompts.write_text(line)
+        assert refused(sample_prompts=prompts, sample_at_first=True) == 2
         assert any(told in line for line in errors(capsys)), told
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert refused() == 2
