@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from library.config.errors import ConfigError
 from library.config.sampling import SkipLayerGuidance
+from library.data.images import open_picture
 from library.diffusion.flow_matching import x_0_estimate
 from library.diffusion.samplers import SAMPLERS, Callback
 from library.families.protocols import ModelFamily, TextEncodingStrategy
 from library.io.atomic import atomic_path
-from library.records import NoisedLatents, TensorRecord
+from library.records import NoisedLatents, Resolution, TensorRecord
 from library.sampling.prompts import PromptRequest, PromptText
 
 Settings = Mapping[str, str | int | float]
@@ -88,6 +91,8 @@ def generate(
     sigmas = family.sampling_sigmas(request.steps, resolution)
     conditions = [texts[text].to(device, dtype) for text in request.texts]
     guided = _GuidedDenoiser(family, denoiser, conditions, request.scale, skip, sigmas.tolist())
+    if request.control is not None:
+        guided.control = control_picture(request.control, resolution).to(device)
     name = request.sampler or sampler or family.description.sampling.sampler
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         latents = SAMPLERS[name](guided, noise, sigmas, callback=callback)
@@ -121,6 +126,7 @@ class _GuidedDenoiser:
         rows = [condition.rows(0).tensors() for condition in conditions]
         self.both = type(self.positive).stack(rows)  # the positive text, then the negative one if it acts
         self.sigmas = list(sigmas)
+        self.control: Tensor | None = None
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         answers = self._velocity(x.expand(len(self.both), -1, -1, -1), sigma, self.both).float()
@@ -135,7 +141,22 @@ class _GuidedDenoiser:
 
     def _velocity(self, x: Tensor, sigma: float, text: TensorRecord) -> Tensor:
         noised = NoisedLatents(x_t=x, sigma=torch.full((len(x),), sigma, device=x.device))
+        if self.control is not None:
+            noised = dataclasses.replace(noised, control=self.control.expand(len(x), -1, -1, -1))
         return self.family.predict(self.denoiser, noised, text)
+
+
+def control_picture(path: str, resolution: Resolution) -> Tensor:
+    """A control picture (1, 3, H, W) in 0..1: scaled to cover the picture's size, and cut evenly.
+
+    Raises:
+        ConfigError: It can't be read.
+    """
+    try:
+        picture = ImageOps.fit(open_picture(path), resolution, Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise ConfigError(f"the control picture {path} can't be read: {error.strerror or error}") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255  # (H, W, 3) -> (1, 3, H, W)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -151,6 +172,8 @@ def describe(request: PromptRequest, *, sampler: str, skip: SkipLayerGuidance | 
     del settings["computed_at"]
     if request.computed_at is not None:
         settings["computed_at"] = str(request.computed_at)
+    if request.control is None:
+        del settings["control"]
     if not request.name:
         del settings["name"]
     if request.scale == 1 or not request.negative_prompt:
