@@ -15,7 +15,7 @@ from library.families.sd.adapter_targets import adapter_targets
 from library.families.sd.checkpoint import check_weights, load_text_encoder, load_unet, load_vae, read_unet_config
 from library.families.sd.export import save_single
 from library.families.sd.files import SdFiles, describe, locate
-from library.families.sd.latents import SdLatentStrategy
+from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
 from library.families.sd.sizes import unet_sizes
 from library.families.sd.text import SdText, SdTextStrategy
@@ -24,6 +24,7 @@ from library.families.sd.unet import UNetConfig
 from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import number_count, part_identity
 from library.nn.attention import AttentionShape, attention_function
+from library.nn.autoencoder_latents import AutoencoderLatents
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
@@ -54,7 +55,7 @@ class SdFamily:
     options: SdOptions
     denoiser: UNetConfig
     description: ModelDescription
-    latents: SdLatentStrategy
+    latents: AutoencoderLatents
     objective: Ddpm
     adapter_targets: Mapping[str, AdapterTargets]
     tokenizers: TokenizerPlaces
@@ -166,7 +167,7 @@ def create(config: Any) -> SdFamily:
         options=options,
         denoiser=read_unet_config(files),
         description=describe(files, options),
-        latents=SdLatentStrategy(part_identity(files.vae)),
+        latents=sd_latents(part_identity(files.vae)),
         objective=Ddpm(config.ddpm, config.loss),
         adapter_targets=adapter_targets(),
         tokenizers=tokenizer_places(model),
