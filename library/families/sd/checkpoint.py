@@ -81,14 +81,19 @@ def load_text_encoder(
         The encoder, frozen, in eval mode.
     """
     read_to = "meta" if torch.device(device).type == "meta" else "cpu"
-    shapes = {name: tuple(tensor.shape) for name, tensor in _named(part, LazyTensors(part, device="meta"))}
-    tensors = _named(part, LazyTensors(part, device=read_to, mmap=mmap))
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_as_module(part, LazyTensors(part, device="meta"))}
+    tensors = named_as_module(part, LazyTensors(part, device=read_to, mmap=mmap))
     activation = "gelu" if is_v2 else "quick_gelu"
     return load_clip(tensors, shapes, activation=activation, device=device, dtype=dtype, source=part.title)
 
 
-def _named(part: Part, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """The tensors under the names of transformers."""
+def named_as_module(part: Part, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """A text encoder's tensors under the names of transformers.
+
+    Args:
+        part: The text encoder.
+        tensors: By the part's own names.
+    """
     if part.layout == "single":
         return to_diffusers(tensors, open_clip_key_maps(depth=clip_sizes(part).depth))
     return tensors.items()

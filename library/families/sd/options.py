@@ -21,8 +21,9 @@ class SdOptions:
     )
     clip_skip: int | None = option(
         None,
-        "Take the text encoder's n-th layer from the end, followed by its last norm. By default the last for 1.x and "
-        "the second from the end for 2.x, as they were trained; 2 is usual for anime models.",
+        "Take the text encoder's n-th layer from the end, followed by its last norm. By default the last, as both "
+        "generations were trained; 2 is usual for anime models. 2.x never reads the 24th layer of its text encoder, so "
+        "the 23rd counts as the last.",
         minimum=1,
         maximum=12,
         metadata_key="ss_clip_skip",
