@@ -38,4 +38,4 @@ TINY_SD = SdSizes(
     vae_widths=(32, 32, 64, 64),
 )
 
-TINY_SD2 = dataclasses.replace(TINY_SD, is_v2=True)
+TINY_SD2 = dataclasses.replace(TINY_SD, is_v2=True, width=64)  # a head is 64 wide

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x as the trainer sees them (Rombach et al. 2022, arXiv:2112.10752)."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from library.families.sd.export import base_weights, complete_pipeline, kept_bes
 from library.families.sd.files import SdFiles, describe, locate
 from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
-from library.families.sd.sizes import unet_sizes
+from library.families.sd.predictions import own_prediction
+from library.families.sd.sizes import clip_sizes, unet_sizes
 from library.families.sd.text import SdText, SdTextStrategy
 from library.families.sd.tokenizers import load_tokenizer, tokenizer_folder
 from library.families.sd.unet import UNetConfig
@@ -36,9 +38,6 @@ from library.nn.autoencoder_latents import AutoencoderLatents
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
-
-LAST_LAYER = 1
-"""The text encoder's layer that both generations were trained with, counted from the end of what is loaded."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class SdFamily:
         """The strategy with the tokenizer loaded."""
         is_v2 = self.files.is_v2
         tokenizer = load_tokenizer(self.tokenizers, self.options, is_v2=is_v2)
-        layer = self.options.clip_skip or LAST_LAYER
+        layer = clip_sizes(self.files.clip).depth + 1 - (self.options.clip_skip or 1)
         return SdTextStrategy(tokenizer, layer, part_identity(self.files.clip))
 
     def load_text_encoders(
@@ -154,13 +153,12 @@ class SdFamily:
         dtype: torch.dtype | None,
     ) -> None:
         """The trained components as a single file, or in a folder in diffusers' layout."""
-        files, v_prediction = self.files, self.objective.ddpm.v_parameterization
+        files, ddpm = self.files, self.objective.ddpm
         weights = {**base_weights(files, parts), **trained}
         # the products of fp8 numbers and their scales are in fp32, which none of them needs
         widened = {name for name, part in (("vae", files.vae), ("clip", files.clip)) if part.scales}
         dtypes = {name: dtype if name in trained else torch.bfloat16 if name in widened else None for name in weights}
         if layout != "diffusers":
-            metadata = {**metadata, "modelspec.prediction_type": "v" if v_prediction else "epsilon"}
             beside = kept_beside(files.clip)
             save_single(weights, path, metadata, is_v2=files.is_v2, dtypes=dtypes, beside=beside)
             return
@@ -171,8 +169,8 @@ class SdFamily:
                 path,
                 tokenizer_folder(self.tokenizers),
                 is_v2=files.is_v2,
-                v_prediction=v_prediction,
-                zero_terminal_snr=self.objective.ddpm.zero_terminal_snr,
+                v_prediction=bool(ddpm.v_parameterization),
+                zero_terminal_snr=ddpm.zero_terminal_snr,
             )
 
 
@@ -189,13 +187,14 @@ def create(config: Any) -> SdFamily:
     files = locate(model, options)
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
+    velocity = own_prediction(config.ddpm, files.v_prediction)
     return SdFamily(
         files=files,
         options=options,
         denoiser=read_unet_config(files),
-        description=describe(files, options),
+        description=describe(files, options, v_prediction=velocity),
         latents=sd_latents(part_identity(files.vae)),
-        objective=Ddpm(config.ddpm, config.loss),
+        objective=Ddpm(dataclasses.replace(config.ddpm, v_parameterization=velocity), config.loss),
         adapter_targets=adapter_targets(),
         tokenizers=tokenizer_places(model),
         attention=config.memory.attention_backend,

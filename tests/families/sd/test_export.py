@@ -49,7 +49,7 @@ def models(request, tmp_path_factory):
     return SimpleNamespace(variant=variant, single=single, diffusers=diffusers)
 
 
-def family_of(path, *, v_prediction=False, **model):
+def family_of(path, *, v_prediction=None, **model):
     return create(
         SimpleNamespace(
             model=ModelConfig(pretrained_model_name_or_path=str(path), **model),
@@ -90,7 +90,7 @@ def rereading(path, layout):
 @pytest.mark.parametrize("target", ["single", "diffusers"])
 @pytest.mark.parametrize("source", ["single", "diffusers"])
 def test_every_layout_from_every_layout(models, source, target, tmp_path):
-    family = family_of(getattr(models, source), v_prediction=models.variant == "sd2-v")
+    family = family_of(getattr(models, source))
     untouched = {"denoiser": family.load_denoiser(**CPU).state_dict()}
     written = rereading(write(family, untouched, tmp_path / "m.safetensors", target), target)
     expected = rereading(getattr(models, target), target)
@@ -106,14 +106,13 @@ def test_every_layout_from_every_layout(models, source, target, tmp_path):
 
 @pytest.mark.parametrize("layout", ["single", "diffusers"])
 def test_what_was_trained_is_written_and_comes_back_bit_for_bit(models, layout, tmp_path):
-    family = family_of(models.single, v_prediction=models.variant == "sd2-v")
+    family = family_of(models.single)
     trained = trained_by(family, clip=True)
     again = family_of(write(family, trained, tmp_path / "m", layout))
     assert same(again.load_denoiser(**CPU).state_dict(), trained["denoiser"])
     clip = again.load_text_encoders(**CPU)["clip"].state_dict()
     assert all(torch.equal(clip[name], trained["clip"][name]) for name in clip if name != "text_projection.weight")
     assert same(again.load_vae(**CPU).state_dict(), family.load_vae(**CPU).state_dict())
-    assert again.files.v_prediction is (models.variant == "sd2-v")
     assert again.files.is_v2 is (models.variant == "sd2-v")
     assert again.denoiser == family.denoiser
 
@@ -136,12 +135,10 @@ def test_parts_that_are_not_asked_for_are_left_out(models, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["unet", "vae"]
 
 
-def test_metadata_say_what_is_predicted(models, tmp_path):
-    for v_prediction, said in ((False, "epsilon"), (True, "v")):
+def test_the_schedule_says_what_is_predicted(models, tmp_path):
+    for v_prediction in (False, True):
         family = family_of(models.single, v_prediction=v_prediction)
-        with safe_open(write(family, {}, tmp_path / "m.safetensors", "safetensors"), "pt") as file:
-            assert file.metadata() == {"modelspec.title": "t", "modelspec.prediction_type": said}
-        folder = write(family, trained_by(family), tmp_path / said, "diffusers")
+        folder = write(family, trained_by(family), tmp_path / str(v_prediction), "diffusers")
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         assert config["prediction_type"] == ("v_prediction" if v_prediction else "epsilon")
 
@@ -184,7 +181,7 @@ def test_diffusers_loads_both_layouts_and_answers_the_same(models, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     v_prediction = models.variant == "sd2-v"
-    family = family_of(models.single, v_prediction=v_prediction)
+    family = family_of(models.single)
     trained = trained_by(family, clip=True)
     folder = write(family, trained, tmp_path / "folder", "diffusers")
     file = write(family, trained, tmp_path / "m.safetensors", "safetensors")
