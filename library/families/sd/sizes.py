@@ -21,7 +21,7 @@ HEAD_DIM = 64
 
 _LATENT_CHANNELS = 4
 _KINDS = {
-    8: "an upscaler's or an image-editing U-Net (8 channels)",
+    8: "an image-editing U-Net (8 channels)",
     9: "an inpainting U-Net (9 channels)",
     5: "a depth-guided U-Net (5 channels)",
     7: "an upscaler's U-Net (7 channels)",

@@ -65,24 +65,89 @@ def test_the_description_names_the_generation(tiny_sd, model_path):
     assert describe(located(model_path), SdOptions(max_token_length="150")).text_numbers == 152 * 64
 
 
+def test_a_single_file_may_say_what_the_model_predicts(tiny_sd, tmp_path):
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    for said, expected in (("v", True), ("epsilon", False), ("flow", None)):
+        save_file(tensors, path, {"modelspec.prediction_type": said})
+        assert located(path).v_prediction is expected
+    save_file({**tensors, "v_pred": torch.empty(0)}, path)
+    assert located(path).v_prediction is True
+
+
+def test_without_a_text_encoder_the_remedy_is_another_file(tiny_sd, tmp_path):
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("cond_stage_model.")}
+    save_file(tensors, path)
+    assert wrong(path) == [f"no text encoder: {path} has none inside; name one that has it"]
+
+
 def test_a_folder_says_what_the_model_predicts(tiny_sd, tmp_path):
-    files = located(tiny_sd.folder(tmp_path / "v", prediction="v_prediction"))
-    assert files.v_prediction is True and describe(files).native_resolution.width == 768
+    folder, single = tmp_path / "v", tmp_path / "file.safetensors"
+    files = located(tiny_sd.folder(folder, prediction="v_prediction"))
+    described = describe(files)
+    assert files.v_prediction is True and described.native_resolution.width == 768
+    assert described.defaults["v_parameterization"] is True and not described.unsure
+    told = described.stated["v_parameterization"]
+    assert str(folder) in told and told.endswith("say that it predicts velocities (v_prediction)")
     assert located(tiny_sd.folder(tmp_path / "noise")).v_prediction is False
-    assert located(tiny_sd.single_file(tmp_path / "file.safetensors")).v_prediction is None
+    silent = describe(located(tiny_sd.single_file(single)))
+    assert located(single).v_prediction is None and not silent.stated
+    assert silent.defaults["v_parameterization"] is False
+    guessed = silent.unsure.get("v_parameterization", "")
+    assert guessed.startswith(f"{single} is Stable Diffusion 2.x and does not say what it predicts") is tiny_sd.is_v2
+    assert "add --v_parameterization, else --no-v_parameterization" in guessed or not tiny_sd.is_v2
+
+
+def test_saved_files_name_the_generation_and_what_it_predicts(tiny_sd, tmp_path):
+    files = located(tiny_sd.single_file(tmp_path / "model.safetensors"))
+    said = {}
+    for velocity in (None, True):
+        made = describe(files, SdOptions(clip_skip=2), v_prediction=velocity)
+        said[velocity] = (made.base_model_version, made.architecture, made.specification["prediction_type"])
+        assert made.specification["encoder_layer"] == "2"
+    first = {None: ("sd_v1", "stable-diffusion-v1", "epsilon"), True: ("sd_v1_v", "stable-diffusion-v1", "v")}
+    second = {
+        None: ("sd_v2", "stable-diffusion-v2-512", "epsilon"),
+        True: ("sd_v2_v", "stable-diffusion-v2-768-v", "v"),
+    }
+    assert said == (second if tiny_sd.is_v2 else first)
+    assert describe(files).specification == {"prediction_type": "epsilon"}
 
 
 def test_v2_of_a_first_generation_model_is_refused(tiny_sd, tmp_path):
     path = tiny_sd.single_file(tmp_path / "model.safetensors")
-    told = wrong(path, v2=True)
-    assert told == ([] if tiny_sd.is_v2 else [f"--v2: {path} is Stable Diffusion 1.x; remove it"])
+    told = wrong(path, v2=True), wrong(path, v2=False), wrong(path)
+    first, second = (
+        [f"--v2: {path} is Stable Diffusion 1.x; remove it"],
+        [f"--no-v2: {path} is Stable Diffusion 2.x; remove it"],
+    )
+    assert told == (([], second, []) if tiny_sd.is_v2 else (first, [], []))
+    assert describe(located(path)).defaults.get("v2", False) is tiny_sd.is_v2
+
+
+def test_clip_skip_ends_at_the_first_layer(tiny_sd, tmp_path):
+    for path in (tiny_sd.folder(tmp_path / "folder"), tiny_sd.single_file(tmp_path / "model.safetensors")):
+        (told,) = wrong(path, clip_skip=4)
+        assert told.startswith("--clip_skip 4: ") and told.endswith("has 3 layers; at most 3")
+        assert wrong(path, clip_skip=3) == []
 
 
 def test_other_unets_are_refused_by_their_task(tiny_sd, tmp_path):
-    for channels, kind in ((9, "an inpainting U-Net"), (8, "an image-editing U-Net"), (5, "a depth-guided U-Net")):
+    for channels, kind in (
+        (9, "an inpainting U-Net"),
+        (8, "an image-editing U-Net"),
+        (7, "an upscaler's U-Net"),
+        (5, "a depth-guided U-Net"),
+    ):
         first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, channels, 3, 3)}
         (told,) = wrong(tiny_sd.single_file(tmp_path / f"{channels}.safetensors", **first))
         assert kind in told and "only those that make pictures from text" in told
+        folder = tiny_sd.folder(tmp_path / str(channels))
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file({**load_file(path), "conv_in.weight": torch.zeros(64, channels, 3, 3)}, path)
+        (told,) = wrong(folder)
+        assert told.startswith(f"{folder}/unet is {kind}")
 
 
 def test_other_models_are_called_by_their_names(tmp_path):
@@ -93,11 +158,38 @@ def test_other_models_are_called_by_their_names(tmp_path):
         "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 2816),
     }
     sd3 = {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(4, 4)}
-    for name, tensors in (("SDXL", sdxl), ("SD3", sd3)):
+    refiner = {**sdxl, "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 2560)}
+    sana = {"blocks.0.mlp.inverted_conv.conv.weight": torch.zeros(4, 4, 1, 1)}
+    flux = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}
+    for name, tensors, remedy in (
+        ("SDXL", sdxl, "; no script here is for it"),
+        ("SDXL refiner", refiner, "; no script here is for it"),
+        ("FLUX", flux, "; no script here is for it"),
+        ("SD3", sd3, "; it is for sd3_train_network.py and sd3_train.py"),
+        ("Sana", sana, "; it is for sana_train_network.py and sana_train.py"),
+    ):
         path = tmp_path / f"{name}.safetensors"
         save_file(tensors, path)
-        told = wrong(path)
-        assert told[0].startswith(f"{path} looks like {name} (") and "expected Stable Diffusion 1.x or 2.x" in told[0]
+        (told,) = wrong(path)
+        assert told.startswith(f"{path} looks like {name} (") and "expected Stable Diffusion 1.x or 2.x" in told
+        assert told.endswith(remedy)
+
+
+def test_folders_of_other_models_are_called_by_their_names(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    names = ("transformer_blocks.0.norm1_context.linear.weight", "transformer_blocks.0.attn.add_q_proj.weight")
+    save_file(
+        {name: torch.zeros(2, 2) for name in names}, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    assert wrong(tmp_path) == [
+        f"{tmp_path} is a folder of StableDiffusion3Pipeline, expected one of StableDiffusionPipeline; it is for "
+        "sd3_train_network.py and sd3_train.py"
+    ]
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert wrong(tmp_path) == [
+        f"{tmp_path} has no folder unet, where diffusers keeps Stable Diffusion 1.x and 2.x's denoiser"
+    ]
 
 
 def test_what_is_missing_or_unknown_is_named(tiny_sd, tmp_path):
