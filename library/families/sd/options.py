@@ -102,6 +102,11 @@ UNSUPPORTED: dict[str, str] = {
     "save_t5xxl": "this model has no T5. Remove it",
     "sana_image_size": f"{_SANA}. Use resolution in the dataset TOML, or remove it",
     "sana_prompt_prefix": f"{_SANA}. Use caption_prefix in the dataset TOML, or remove it",
+    # of kohya's scripts for the whole model
+    "stop_text_encoder_training": "a text encoder learns in every step or in none. Use --text_encoder_lr, or remove it",
+    "no_token_padding": "captions are always padded, as the model was trained. Remove it",
+    "diffusers_xformers": "use --xformers, or remove it",
+    "use_safetensors": "files are safetensors unless --save_model_as says otherwise. Remove it",
     "sana_lower_case": "CLIP's tokenizer lower-cases every caption by itself. Remove it",
 }
 """Option of other trainers or families -> the end of ``--name does nothing for sd: ...``."""

@@ -117,6 +117,18 @@ def test_noise_prediction_refuses_every_option_of_flow_models(script, family):
         assert "emove" in told or "se " in told, told
 
 
+OF_WHOLE_MODELS = (
+    *("no_token_padding", "stop_text_encoder_training", "learning_rate_te", "diffusers_xformers", "use_safetensors"),
+    *("train_text_encoder", "save_model_as", "xformers"),
+)
+"""Options of kohya's scripts for all weights of these models that its adapter script doesn't have."""
+
+
+@pytest.mark.parametrize("name", OF_WHOLE_MODELS)
+def test_options_of_kohyas_scripts_for_whole_models_are_honoured_or_refused(name):
+    assert (name in all_options(Script("sd", False).groups)) != (name in refused_options("sd"))
+
+
 def test_snr_is_no_schedule_of_a_flow_model():
     for script in FLOW_SCRIPTS:
         line = read_command_line(script.groups, ["--loss_type", "huber", "--huber_schedule", "snr"])
