@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
-from library.config.options import option
+from library.config.options import option, redeclared
 
 TIMESTEPS = 1000
 
@@ -141,3 +141,22 @@ class DdpmConfig:
                 "--zero_terminal_snr makes the last timestep pure noise, of which a model that predicts the noise "
                 "learns nothing; add --v_parameterization if the model predicts velocities, or remove it"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpmPictureConfig:
+    """Noise schedule (DDPM)."""
+
+    v_parameterization: bool = redeclared(
+        DdpmConfig,
+        "v_parameterization",
+        False,
+        "The model answers with the velocity, as Stable Diffusion 2.x at 768 px does, instead of the noise. By default "
+        "what a diffusers folder says, and else off.",
+    )
+    zero_terminal_snr: bool = redeclared(
+        DdpmConfig,
+        "zero_terminal_snr",
+        False,
+        "Begin in pure noise, at the last timestep of a schedule stretched to it, for models that were trained so.",
+    )

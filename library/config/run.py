@@ -66,7 +66,7 @@ def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
         "memory": MemoryConfig,
         **family_options.OBJECTIVE_GROUPS,
         "validation": ValidationConfig,
-        "sampling": SamplingConfig,
+        "sampling": family_options.SAMPLING,
         "saving": SavingConfig,
         "logging": LoggingConfig,
     }

@@ -41,7 +41,7 @@ class GenerateRun:
         generate: Adapters, precision, device, output.
         memory: The attention, and how text encoders are stored.
         flow: Defaults; nothing is trained.
-        ddpm: What the model answers with; the rest are defaults.
+        ddpm: What the model answers with, and its schedule; the rest are defaults.
         loss: Defaults; nothing is trained.
     """
 
@@ -82,7 +82,7 @@ def _run(argv: Sequence[str]) -> int:
     known = read_command_line(groups, argv)  # to find the family; its options are unknown words as yet
     name = _family_name(known)
     options = family_options(name)
-    groups = {"model": ModelConfig, "family": options.OPTIONS, "generate": GenerateConfig}
+    groups = {"model": ModelConfig, "family": options.OPTIONS, **options.GENERATE_GROUPS}
     if known.invocation.help:
         description = f"Pictures from prompts: the base model, with or without adapters ({options.TITLE})."
         print(help_text(groups, program="generate.py", description=description), end="")
@@ -153,8 +153,30 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         family=family,
         generate=generate,
         memory=memory,
-        **{attribute: group() for attribute, group in options.OBJECTIVE_GROUPS.items()},
+        **objective_groups(options, command_line, description),
     )
+
+
+def objective_groups(options: Any, command_line: CommandLine, description: ModelDescription) -> dict[str, Any]:
+    """The family's groups of training's objective: what generate.py can be told of them, and defaults for the rest.
+
+    Args:
+        options: The family's ``options`` module.
+        command_line: What was said.
+        description: What acts where nobody said it.
+
+    Raises:
+        ConfigError: What was said contradicts itself.
+    """
+    made = {}
+    for attribute, group in options.OBJECTIVE_GROUPS.items():
+        told = command_line.groups.get(attribute)
+        names = () if told is None else tuple(type(told).__dataclass_fields__)
+        values = {name: getattr(told, name) for name in names}
+        unsaid = (name for name in names if command_line.provenance[name] == DEFAULT)
+        values |= {name: description.defaults[name] for name in unsaid if name in description.defaults}
+        made[attribute] = group(**values)
+    return made
 
 
 def picture_requests(
@@ -191,7 +213,7 @@ def picture_requests(
     entries = typed_prompts("prompt", generate.prompt)
     if generate.sample_prompts is not None:
         entries += read_entries(generate.sample_prompts)
-    requests = make_requests(entries, sizes, seed=fallbacks["seed"], fallbacks=fallbacks)
+    requests = make_requests(entries, sizes, seed=fallbacks["seed"], samplers=own.samplers, fallbacks=fallbacks)
     check_previews(generate.preview_every, requests)
     return tuple(
         dataclasses.replace(request, seed=request.seed + number)

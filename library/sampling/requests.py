@@ -45,7 +45,7 @@ def requested_samples(
     entries = typed_prompts("validation_prompt", sampling.validation_prompt)
     if sampling.sample_prompts is not None:
         entries += read_entries(sampling.sample_prompts)
-    requests = make_requests(entries, sizes, seed=seed, fallbacks=fallbacks)
+    requests = make_requests(entries, sizes, seed=seed, samplers=own.samplers, fallbacks=fallbacks)
     check_previews(sampling.preview_every, requests)
     return requests
 

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x as the trainer sees them (Rombach et al. 2022, arXiv:2112.10752)."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.diffusion.ddpm import Ddpm, timestep_of
+from library.diffusion.ddpm_path import DdpmPath, ddpm_path
 from library.families.protocols import Modulation
 from library.families.sd.adapter_targets import adapter_targets
 from library.families.sd.checkpoint import check_weights, load_text_encoder, load_unet, load_vae, read_unet_config
 from library.families.sd.export import save_single
-from library.families.sd.files import SdFiles, describe, locate
+from library.families.sd.files import UNSKIPPABLE, SdFiles, describe, locate
 from library.families.sd.latents import SdLatentStrategy
 from library.families.sd.options import SdOptions
 from library.families.sd.sizes import unet_sizes
@@ -126,6 +128,21 @@ class SdFamily:
     def modulation(self, denoiser: nn.Module) -> Modulation:
         """None: a residual block sees the timestep alone, through a layer that is small beside its convolutions."""
         return Modulation([], [])
+
+    def sampling_path(self, sampler: str, steps: int, resolution: Resolution) -> DdpmPath:
+        """The way of diffusers' scheduler of that name, at every resolution."""
+        ddpm = self.objective.ddpm
+        return ddpm_path(
+            sampler, steps, v_parameterization=ddpm.v_parameterization, zero_terminal_snr=ddpm.zero_terminal_snr
+        )
+
+    def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """Not possible here.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"no stage can be left out: {UNSKIPPABLE}")
 
     def attention_shape(self, resolution: Resolution) -> AttentionShape:
         """The image's look at itself on the first level, where it has the most positions."""

@@ -10,6 +10,7 @@ from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.config.model import ModelConfig
+from library.config.samplers import DDPM_SAMPLERS
 from library.families.sd.options import SdOptions
 from library.families.sd.parts import COMPONENTS, LAYOUT
 from library.families.sd.sizes import UNetSizes, clip_sizes, unet_sizes, vae_sizes
@@ -21,6 +22,11 @@ _FIRST_IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"
 _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": unet_sizes, "vae": vae_sizes, "clip": clip_sizes}
 _NATIVE_SIDE, _V_NATIVE_SIDE = 512, 768
 _PREDICTIONS = {"epsilon": False, "v_prediction": True}
+
+UNSKIPPABLE = "its stages change the size or the number of the features that pass through them"
+"""Why none of them can be left out of the U-Net."""
+
+SAMPLING_DEFAULTS = SamplingDefaults(sampler="ddim", samplers=DDPM_SAMPLERS, steps=30, scale=7.5)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,9 @@ def describe(files: SdFiles, options: SdOptions | None = None) -> ModelDescripti
         trainable_text_encoders=("clip",),
         save_layouts={"safetensors": PARTS, "diffusers": PARTS},
         text_numbers=tokens * clip.width,
-        sampling=SamplingDefaults(sampler="euler", steps=28, scale=7.5),
+        defaults={"v_parameterization": True} if files.v_prediction else {},
+        unskippable=UNSKIPPABLE,
+        sampling=SAMPLING_DEFAULTS,
     )
 
 

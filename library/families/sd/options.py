@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from library.config.ddpm import DdpmConfig
+from library.config.ddpm import DdpmConfig, DdpmPictureConfig
 from library.config.loss import LossConfig
 from library.config.options import option
+from library.config.picture_groups import DdpmGenerateConfig, DdpmSamplingConfig
 from library.records import LatentFormat
 
 TOKEN_LENGTHS = ("75", "150", "225")
@@ -44,6 +45,7 @@ class SdOptions:
 
 OPTIONS = SdOptions
 OBJECTIVE_GROUPS = {"ddpm": DdpmConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = DdpmSamplingConfig, {"ddpm": DdpmPictureConfig, "generate": DdpmGenerateConfig}
 NETWORK_SCRIPT, FULL_SCRIPT = "train_network", "train"
 TITLE = "Stable Diffusion 1.x / 2.x"
 LATENTS = LatentFormat(channels=4, stride=8, patch=8, scale=0.18215, shift=0.0)

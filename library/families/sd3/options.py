@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.config.options import option
+from library.config.picture_groups import FlowGenerateConfig, FlowSamplingConfig
 from library.records import LatentFormat
 
 
@@ -109,6 +110,7 @@ class Sd3Options:
 
 OPTIONS = Sd3Options
 OBJECTIVE_GROUPS = {"flow": FlowConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
 NETWORK_SCRIPT, FULL_SCRIPT = "sd3_train_network", "sd3_train"
 TITLE = "Stable Diffusion 3 / 3.5"
 LATENTS = LatentFormat(channels=16, stride=8, patch=2, scale=1.5305, shift=0.0609)
