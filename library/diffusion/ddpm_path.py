@@ -129,9 +129,10 @@ def spaced_timesteps(steps: int, *, from_the_end: bool) -> list[int]:
     Args:
         steps: How many, 1 to 1000.
         from_the_end: Begin at the last timestep, which matters where it alone is pure noise (Lin et al. 2023,
-            arXiv:2305.08891, section 3.3); else end at timestep 1, as the published models' schedulers do.
+            arXiv:2305.08891, section 3.3); else end at timestep 1, as the published models' schedulers do, unless
+            there is but one step, which would leave the noise as it is.
     """
-    if from_the_end:
+    if from_the_end or steps == 1:
         return [round(TIMESTEPS - step * TIMESTEPS / steps) - 1 for step in range(steps)]
     apart = TIMESTEPS // steps
     offset = min(1, TIMESTEPS - 1 - (steps - 1) * apart)
