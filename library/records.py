@@ -343,7 +343,10 @@ class ModelDescription:
         unskippable: Why pictures can't be guided by leaving out blocks; empty: they can.
         largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
         text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
+        specification: More of what saved files say as ``modelspec.*``: name -> value.
         defaults: Options whose default depends on the model: name -> what acts where nobody gave one.
+        stated: Those of them that the files decide: name -> what they say, as a sentence; another value is an error.
+        unsure: Those of them that are a guess: name -> why, and what to do, as a sentence.
         text_encoders: The text encoders that the files have, in the order in which options number them.
         trainable_text_encoders: The text encoders that a full fine-tune can train.
         save_layouts: What ``--save_model_as`` can be in a full fine-tune, best first -> what ``--save_parts`` can be.
@@ -363,7 +366,10 @@ class ModelDescription:
     unskippable: str = ""
     largest_side: int | None = None
     text_numbers: int = 0
-    defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    specification: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, float | bool | str] = dataclasses.field(default_factory=dict)
+    stated: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsure: Mapping[str, str] = dataclasses.field(default_factory=dict)
     text_encoders: tuple[str, ...] = ()
     trainable_text_encoders: tuple[str, ...] = ()
     save_layouts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

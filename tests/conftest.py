@@ -161,6 +161,12 @@ def sd_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
     return Trainer(tiny_sd_file, photos, tmp_path, "sd")
 
 
+@pytest.fixture
+def sd_full_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
+    """Trains all of a tiny Stable Diffusion 1.x."""
+    return Trainer(tiny_sd_file, photos, tmp_path, "sd", network=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd_file(tmp_path_factory):
     """A tiny Stable Diffusion 1.x in one file, with its tokenizer beside it."""

@@ -3,17 +3,19 @@
 import dataclasses
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.config.command_line import CommandLine, help_text, read_command_line
+from library.config.ddpm import ddpm_problems
 from library.config.errors import ConfigError
 from library.config.generate import GenerateConfig
 from library.config.memory import MemoryConfig, encoder_problems
 from library.config.model import ModelConfig
-from library.config.options import DEFAULT
+from library.config.model_defaults import stated_problems
+from library.config.options import DEFAULT, Option, options_of
 from library.config.paths import folder_problem
 from library.config.sampling import binning_table, skip_layer_problems
 from library.families import FAMILIES, family_files, family_options
@@ -40,6 +42,7 @@ class GenerateRun:
         family: The family's own options.
         generate: Adapters, precision, device, output.
         memory: The attention, and how text encoders are stored.
+        guesses: What was guessed about the model, one sentence each.
         flow: Defaults; nothing is trained.
         ddpm: What the model answers with, and its schedule; the rest are defaults.
         loss: Defaults; nothing is trained.
@@ -52,6 +55,7 @@ class GenerateRun:
     family: Any
     generate: GenerateConfig
     memory: MemoryConfig
+    guesses: tuple[str, ...] = ()
     flow: Any = None
     ddpm: Any = None
     loss: Any = None
@@ -94,6 +98,8 @@ def _run(argv: Sequence[str]) -> int:
     run = checked_run(name, command_line)
     if command_line.invocation.dry_run:
         print(f"model: {run.description.title}")
+        for guess in run.guesses:
+            print(f"warning: {guess}")
         for request in run.requests:
             print(dataclasses.asdict(request))
         print("nothing was loaded or written (--dry_run)")
@@ -142,7 +148,14 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         text_encoder_2_precision=generate.text_encoder_2_precision,
         text_encoder_3_precision=generate.text_encoder_3_precision,
     )
-    wrong = [*skip_layer_problems(generate, description), *encoder_problems(memory, description.text_encoders)]
+    objective = objective_groups(options, command_line, description)
+    said = [(declared, value) for group in groups.values() for declared, value in values_of(group)]
+    wrong = [
+        *stated_problems(said, description),
+        *(ddpm_problems(objective["ddpm"]) if "ddpm" in objective else ()),
+        *skip_layer_problems(generate, description),
+        *encoder_problems(memory, description.text_encoders),
+    ]
     if wrong:
         raise ConfigError("\n".join(wrong))
     return GenerateRun(
@@ -153,7 +166,10 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         family=family,
         generate=generate,
         memory=memory,
-        **objective_groups(options, command_line, description),
+        guesses=tuple(
+            told for name, told in description.unsure.items() if command_line.provenance.get(name, DEFAULT) == DEFAULT
+        ),
+        **objective,
     )
 
 
@@ -164,19 +180,19 @@ def objective_groups(options: Any, command_line: CommandLine, description: Model
         options: The family's ``options`` module.
         command_line: What was said.
         description: What acts where nobody said it.
-
-    Raises:
-        ConfigError: What was said contradicts itself.
     """
     made = {}
     for attribute, group in options.OBJECTIVE_GROUPS.items():
-        told = command_line.groups.get(attribute)
-        names = () if told is None else tuple(type(told).__dataclass_fields__)
-        values = {name: getattr(told, name) for name in names}
-        unsaid = (name for name in names if command_line.provenance[name] == DEFAULT)
-        values |= {name: description.defaults[name] for name in unsaid if name in description.defaults}
-        made[attribute] = group(**values)
+        told = values_of(command_line.groups[attribute]) if attribute in command_line.groups else ()
+        values = {declared.name: value for declared, value in told}
+        unsaid = {name: own for name, own in description.defaults.items() if name in values and values[name] is None}
+        made[attribute] = group(**values | unsaid)
     return made
+
+
+def values_of(group: Any) -> Iterator[tuple[Option, Any]]:
+    """The options of a group with their values."""
+    return ((declared, getattr(group, declared.name)) for declared in options_of(type(group)))
 
 
 def picture_requests(

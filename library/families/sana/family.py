@@ -244,4 +244,4 @@ def with_own_shift(flow: FlowConfig, description: ModelDescription) -> FlowConfi
     """The noise levels with the model's published shift where nobody gave one."""
     if flow.training_shift is not None or flow.flow_schedule_auto_shift:
         return flow
-    return dataclasses.replace(flow, training_shift=description.defaults["training_shift"])
+    return dataclasses.replace(flow, training_shift=float(description.defaults["training_shift"]))

@@ -123,6 +123,8 @@ UNSUPPORTED: dict[str, str] = {
     "apply_t5_attn_mask": "Gemma never sees padding. Remove it",
     "clip_l_dropout_rate": _NO_CLIP,
     "clip_g_dropout_rate": _NO_CLIP,
+    "sd3_clip_uncond_behaviour": _NO_CLIP,
+    "sd3_t5_uncond_behaviour": _NO_CLIP,
     "t5_dropout_rate": "Sana has one text encoder. Use --caption_dropout_rate, or remove it",
     "pos_emb_random_crop_rate": _NO_TABLE,
     "enable_scaled_pos_embed": _NO_TABLE,

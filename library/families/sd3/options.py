@@ -146,5 +146,10 @@ UNSUPPORTED: dict[str, str] = {
     "t5xxl_dtype": "T5 runs in the type of --mixed_precision. Remove it",
     "save_clip": _SAVED_ENCODERS,
     "save_t5xxl": _SAVED_ENCODERS,
+    "gemma": "SD3 has no Gemma: CLIP and T5 read the captions. Remove it",
+    "sana_image_size": "it is for Sana. Use resolution in the dataset TOML, or remove it",
+    "sana_prompt_prefix": "it is for Sana. Use caption_prefix in the dataset TOML, or remove it",
+    "sana_lower_case": "CLIP's tokenizers lower-case by themselves, and T5 tells capitals apart. Remove it",
+    "sana_max_token_length": "use --t5xxl_max_token_length, or remove it",
 }
 """Option of other trainers or families -> the end of ``--name does nothing for sd3: ...``."""

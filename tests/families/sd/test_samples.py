@@ -13,6 +13,8 @@ from library.config.model import ModelConfig
 from library.families import family_options
 from library.families.sd.files import describe, locate
 from library.sampling.generate_command import main, objective_groups
+from tests.tiny import TINY_SD
+from tools.miniature_sd import make_sd
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 PROMPTS = "a cat --d 5 --ss euler_a --n a dog\na dog --d 6 --ss k_euler --l 1\na bird --d 7\n"
@@ -137,19 +139,35 @@ def test_the_options_of_the_schedule_act(tiny_sd_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("stored", "argv", "velocity"),
-    [
-        (None, [], False),
-        (True, [], True),
-        (False, [], False),
-        (True, ["--no-v_parameterization"], False),
-        (None, ["--v_parameterization"], True),
-    ],
+    [(None, [], False), (True, [], True), (False, [], False), (None, ["--v_parameterization"], True)],
 )
-def test_what_is_predicted_is_said_by_the_folder_or_the_option(tiny_sd_file, stored, argv, velocity):
+def test_what_is_predicted_is_said_by_the_files_or_the_option(tiny_sd_file, stored, argv, velocity):
     options = family_options("sd")
     files = dataclasses.replace(
         locate(ModelConfig(pretrained_model_name_or_path=str(tiny_sd_file)), options.OPTIONS()), v_prediction=stored
     )
-    groups = objective_groups(options, read_command_line(options.GENERATE_GROUPS, argv), describe(files))
+    command_line = read_command_line(options.GENERATE_GROUPS, argv)
+    groups = objective_groups(options, command_line, describe(files, options.OPTIONS()))
     assert groups["ddpm"] == DdpmConfig(v_parameterization=velocity)
-    assert groups["loss"] == LossConfig()
+    assert type(groups["loss"]) is LossConfig
+
+
+def test_files_that_say_what_they_predict_are_not_contradicted(tiny_sd_file, monkeypatch, capsys):
+    def said(*arguments):
+        return dataclasses.replace(locate(*arguments), v_prediction=True)
+
+    monkeypatch.setattr("library.families.sd.files.locate", said)
+    start = ["--family", "sd", "--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat", "--dry_run"]
+    assert main(start) == 0 and main([*start, "--v_parameterization", "--zero_terminal_snr"]) == 0
+    assert "'width': 768" in capsys.readouterr().out
+    assert main([*start, "--no-v_parameterization"]) == 2
+    assert "error: --no-v_parameterization: the files of" in capsys.readouterr().err
+
+
+def test_a_guess_is_said(tmp_path, capsys):
+    file = make_sd(tmp_path / "sd2", sizes=dataclasses.replace(TINY_SD, is_v2=True))
+    start = ["--family", "sd", "--pretrained_model_name_or_path", str(file), "--prompt", "a cat", "--dry_run"]
+    assert main(start) == 0
+    assert "does not say what it predicts" in capsys.readouterr().out
+    assert main([*start, "--v_parameterization"]) == 0
+    assert "does not say" not in capsys.readouterr().out
