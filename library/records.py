@@ -320,7 +320,8 @@ class SamplingDefaults:
     """How pictures of a model are made where nobody says.
 
     Attributes:
-        sampler: One of ``library.config.sampling.SAMPLERS``.
+        sampler: One of ``samplers``.
+        samplers: Those that the model has, as options name them; by default those of flow matching.
         steps: Sampling steps.
         scale: Classifier-free guidance.
         table: Name of the published table (``library.data.bucket_tables``) with the sizes that the model was trained
@@ -328,6 +329,7 @@ class SamplingDefaults:
     """
 
     sampler: str = "euler"
+    samplers: tuple[str, ...] = ("euler", "heun", "dpmpp_2m")
     steps: int = 28
     scale: float = 5.0
     table: str | None = None
@@ -346,6 +348,7 @@ class ModelDescription:
         native_resolution: The resolution that the model was made for, for samples that name none.
         implementation: ``modelspec.implementation``: the address of the reference implementation.
         blocks: How many repeated blocks the denoiser has.
+        unskippable: Why pictures can't be guided by leaving out blocks; empty: they can.
         largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
         text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
         specification: More of what saved files say as ``modelspec.*``: name -> value.
@@ -368,6 +371,7 @@ class ModelDescription:
     native_resolution: Resolution
     implementation: str = ""
     blocks: int = 0
+    unskippable: str = ""
     largest_side: int | None = None
     text_numbers: int = 0
     specification: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
-from library.config.options import option
+from library.config.options import option, redeclared
 
 TIMESTEPS = 1000
 
@@ -171,3 +171,17 @@ def ddpm_problems(ddpm: DdpmConfig) -> list[str]:
             "learns nothing; add --v_parameterization if the model predicts velocities, or remove it"
         )
     return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpmPictureConfig:
+    """Noise schedule (DDPM)."""
+
+    v_parameterization: bool | None = redeclared(DdpmConfig, "v_parameterization", None)
+    zero_terminal_snr: bool = redeclared(
+        DdpmConfig,
+        "zero_terminal_snr",
+        False,
+        "Begin in pure noise, at the last timestep of a schedule stretched to it, for models that were trained so. By "
+        "default the schedule is the published one.",
+    )

@@ -1,9 +1,9 @@
 """What a model's files decide of the options: defaults, statements that nothing can overrule, and guesses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from library.config.options import option_values
+from library.config.options import Option
 from library.config.sampling import sampling_defaults
 from library.records import ModelDescription
 
@@ -23,14 +23,14 @@ def model_defaults(description: ModelDescription) -> dict[str, tuple[Any, str]]:
     return own | {name: (value, f"{title} is published with it") for name, value in sampled.items()}
 
 
-def stated_problems(config: Any, description: ModelDescription) -> Iterator[str]:
+def stated_problems(values: Iterable[tuple[Option, Any]], description: ModelDescription) -> Iterator[str]:
     """Options whose values the model's files contradict, one sentence each.
 
     Args:
-        config: A dataclass whose attributes are, among others, option groups.
+        values: Options with their values.
         description: What the model's files say about it.
     """
-    for declared, value in option_values(config):
+    for declared, value in values:
         said = description.stated.get(declared.name)
         if said is not None and value is not None and value != description.defaults[declared.name]:
             word = f"--{declared.name} {value}"

@@ -77,7 +77,7 @@ def training_groups(family_options: Any, *, job: str) -> dict[str, type]:
         "memory": MemoryConfig,
         **family_options.OBJECTIVE_GROUPS,
         "validation": ValidationConfig,
-        "sampling": SamplingConfig,
+        "sampling": family_options.SAMPLING,
         "saving": SavingConfig,
         "logging": LoggingConfig,
     }
@@ -217,7 +217,7 @@ class RunConfig:
         refused = description.refused_precisions.get(precision)
         return [
             *([] if refused is None else [f"--mixed_precision {precision}: {refused}"]),
-            *stated_problems(self, description),
+            *stated_problems(option_values(self), description),
             *(ddpm_problems(self.ddpm) if self.ddpm is not None else ()),
             *skip_layer_problems(self.sampling, description),
             *self._position_problems(description.largest_side),

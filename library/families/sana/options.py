@@ -6,6 +6,7 @@ from typing import ClassVar
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.config.options import option, redeclared
+from library.config.picture_groups import FlowGenerateConfig, FlowSamplingConfig
 from library.records import LatentFormat
 
 IMAGE_SIZES = ("512", "1024", "2048", "4096")
@@ -88,6 +89,7 @@ class SanaFlowConfig(FlowConfig):
 
 OPTIONS = SanaOptions
 OBJECTIVE_GROUPS = {"flow": SanaFlowConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
 SCRIPTS = {"adapter": "sana_train_network", "full": "sana_train"}
 """What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Sana / Sana-1.5"

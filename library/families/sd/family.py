@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.diffusion.ddpm import Ddpm, timestep_of
+from library.diffusion.ddpm_path import DdpmPath, ddpm_path
 from library.families.protocols import Modulation
 from library.families.sd.adapter_targets import adapter_targets
 from library.families.sd.checkpoint import (
@@ -25,7 +27,7 @@ from library.families.sd.checkpoint import (
 from library.families.sd.control_net import ControlNet, steer
 from library.families.sd.control_net_weights import load_control_net, save_control_net
 from library.families.sd.export import base_weights, complete_pipeline, kept_beside, save_folder, save_single
-from library.families.sd.files import SdFiles, describe, locate
+from library.families.sd.files import UNSKIPPABLE, SdFiles, describe, locate
 from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
 from library.families.sd.predictions import own_prediction
@@ -159,6 +161,20 @@ class SdFamily:
     def modulation(self, denoiser: nn.Module) -> Modulation:
         """None: a residual block sees the timestep alone, through a layer that is small beside its convolutions."""
         return Modulation([], [])
+
+    def sampling_path(self, sampler: str, steps: int, resolution: Resolution) -> DdpmPath:
+        """The way of diffusers' scheduler of that name, at every resolution."""
+        ddpm = self.objective.ddpm
+        velocity = bool(ddpm.v_parameterization)
+        return ddpm_path(sampler, steps, v_parameterization=velocity, zero_terminal_snr=ddpm.zero_terminal_snr)
+
+    def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """Not possible here.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"no stage can be left out: {UNSKIPPABLE}")
 
     def attention_shape(self, resolution: Resolution) -> AttentionShape:
         """The image's look at itself on the first level, where it has the most positions."""

@@ -10,6 +10,7 @@ from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.config.model import ModelConfig
+from library.config.samplers import DDPM_SAMPLERS
 from library.families.sd.options import SdOptions
 from library.families.sd.parts import LAYOUT
 from library.families.sd.predictions import prediction_defaults, specification
@@ -28,6 +29,11 @@ _PREDICTIONS = {"epsilon": False, "v_prediction": True, "v": True}
 """What is said of the prediction: by diffusers' schedules, and by sai_model_spec, which says ``v``."""
 
 _V_MARKER = "v_pred"
+
+UNSKIPPABLE = "its stages change the size or the number of the features that pass through them"
+"""Why none of them can be left out of the U-Net."""
+
+SAMPLING_DEFAULTS = SamplingDefaults(sampler="ddim", samplers=DDPM_SAMPLERS, steps=30, scale=7.5)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,8 @@ def describe(files: SdFiles, options: SdOptions | None = None, *, v_prediction: 
         defaults=own.defaults,
         stated=own.stated,
         unsure=own.unsure,
-        sampling=SamplingDefaults(sampler="euler", steps=28, scale=7.5),
+        unskippable=UNSKIPPABLE,
+        sampling=SAMPLING_DEFAULTS,
     )
 
 

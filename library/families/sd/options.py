@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from library.config.ddpm import DdpmConfig
+from library.config.ddpm import DdpmConfig, DdpmPictureConfig
 from library.config.loss import LossConfig
 from library.config.options import option
+from library.config.picture_groups import DdpmGenerateConfig, DdpmSamplingConfig
 from library.records import LatentFormat
 
 TOKEN_LENGTHS = ("75", "150", "225")
@@ -49,6 +50,7 @@ class SdOptions:
 
 OPTIONS = SdOptions
 OBJECTIVE_GROUPS = {"ddpm": DdpmConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = DdpmSamplingConfig, {"ddpm": DdpmPictureConfig, "generate": DdpmGenerateConfig}
 SCRIPTS = {"adapter": "train_network", "full": "train", "control_net": "train_control_net"}
 """What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Stable Diffusion 1.x / 2.x"

@@ -10,7 +10,7 @@ from library.config.loss import LossConfig
 from library.diffusion.ddpm import Ddpm
 from library.families.sd.adapter_targets import adapter_targets
 from library.families.sd.family import SdFamily
-from library.families.sd.files import SdFiles
+from library.families.sd.files import SAMPLING_DEFAULTS, UNSKIPPABLE, SdFiles
 from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
 from library.families.sd.text import SdText, SdTextStrategy
@@ -53,6 +53,8 @@ def synthetic_family(
             sizes={"width": sizes.width},
             native_resolution=Resolution(512, 512),
             blocks=len(unet.stages),
+            unskippable=UNSKIPPABLE,
+            sampling=SAMPLING_DEFAULTS,
         ),
         latents=sd_latents("random"),
         objective=Ddpm(ddpm or DdpmConfig(), loss or LossConfig()),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.config.options import option
+from library.config.picture_groups import FlowGenerateConfig, FlowSamplingConfig
 from library.records import LatentFormat
 
 
@@ -109,6 +110,7 @@ class Sd3Options:
 
 OPTIONS = Sd3Options
 OBJECTIVE_GROUPS = {"flow": FlowConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
 SCRIPTS = {"adapter": "sd3_train_network", "full": "sd3_train"}
 """What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Stable Diffusion 3 / 3.5"
