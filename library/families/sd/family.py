@@ -17,7 +17,7 @@ from library.families.sd.export import save_single
 from library.families.sd.files import SdFiles, describe, locate
 from library.families.sd.latents import SdLatentStrategy
 from library.families.sd.options import SdOptions
-from library.families.sd.sizes import unet_sizes
+from library.families.sd.sizes import clip_sizes, unet_sizes
 from library.families.sd.text import SdText, SdTextStrategy
 from library.families.sd.tokenizers import load_tokenizer
 from library.families.sd.unet import UNetConfig
@@ -71,7 +71,7 @@ class SdFamily:
         """The strategy with the tokenizer loaded."""
         is_v2 = self.files.is_v2
         tokenizer = load_tokenizer(self.tokenizers, self.options, is_v2=is_v2)
-        layer = self.options.clip_skip or (LAYER_OF_V2 if is_v2 else LAYER_OF_V1)
+        layer = _read_layer(self.options, is_v2=is_v2)
         return SdTextStrategy(tokenizer, layer, part_identity(self.files.clip))
 
     def load_text_encoders(
@@ -148,6 +148,11 @@ class SdFamily:
         save_single(trained, path, metadata, is_v2=self.files.is_v2, dtypes=dict.fromkeys(trained, dtype))
 
 
+def _read_layer(options: SdOptions, *, is_v2: bool) -> int:
+    """The text encoder's layer whose features are taken, counted from the end."""
+    return options.clip_skip or (LAYER_OF_V2 if is_v2 else LAYER_OF_V1)
+
+
 def create(config: Any) -> SdFamily:
     """This makes the family from a validated configuration. Only headers of files are read.
 
@@ -161,14 +166,21 @@ def create(config: Any) -> SdFamily:
     files = locate(model, options)
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
+    denoiser = read_unet_config(files)
     return SdFamily(
         files=files,
         options=options,
-        denoiser=read_unet_config(files),
+        denoiser=denoiser,
         description=describe(files, options),
         latents=SdLatentStrategy(part_identity(files.vae)),
         objective=Ddpm(config.ddpm, config.loss),
-        adapter_targets=adapter_targets(),
+        adapter_targets=adapter_targets(
+            multipliers=denoiser.multipliers,
+            attention_levels=denoiser.attention_levels,
+            blocks_per_level=denoiser.blocks_per_level,
+            clip_layers=clip_sizes(files.clip).depth,
+            unread_clip_layers=_read_layer(options, is_v2=files.is_v2) - 1,
+        ),
         tokenizers=tokenizer_places(model),
         attention=config.memory.attention_backend,
         mmap=not model.disable_mmap_load_safetensors,
