@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Trains a miniature model on a dozen photographs, from nothing but Python, in a few minutes on two CPU cores: a LoRA on
-# SD3 or Sana, and on Sana then the whole model too.
-#   bash quickstart.sh [sd3|sana]
+# SD3, Sana or Stable Diffusion 1.x, and on Sana then the whole model too.
+#   bash quickstart.sh [sd3|sana|sd]
 # It needs no model files: the miniature has random weights, so its pictures are patterns. What you see is the whole way
 # of a real run: dataset, caches, training, samples, files.
 set -euo pipefail
 cd "$(dirname "$0")"
 family=${1:-sd3}
+script=${family}_train_network.py
 case $family in
     sd3) options=(--weighting_scheme=sigma_sqrt --timestep_sampling=logit_normal) ;;
     sana) options=(--no-use_resolution_binning) ;; # samples of the size that is trained, not of 1024 pixels
+    sd)
+        script=train_network.py
+        options=(--min_snr_gamma=5)
+        ;;
     *)
-        echo "error: no quickstart for '$family'; there are: sd3, sana" >&2
+        echo "error: no quickstart for '$family'; there are: sd3, sana, sd" >&2
         exit 2
         ;;
 esac
@@ -40,7 +45,7 @@ train() {
         --sample_prompts="examples/$family/quickstart_prompts.txt" "${@:3}"
 }
 
-train "${family}_train_network.py" quickstart_lora \
+train "$script" quickstart_lora \
     --network_module=networks.lora --network_dim=8 --network_alpha=8 --network_train_unet_only --learning_rate=2e-3 \
     --max_train_epochs=12 --save_state_on_train_end --sample_at_first --sample_every_n_epochs=12
 python tools/sample_grid.py "$output/sample" --run quickstart_lora --output "$output/before_after.png"

@@ -107,7 +107,8 @@ def family_of(size: str) -> str:
 
 def block_count(family: str, size: str) -> int:
     """How many blocks a family's model of this size has."""
-    return int(import_module(f"{FAMILIES[family]}.synthetic").SIZES[size].depth)
+    synthetic = import_module(f"{FAMILIES[family]}.synthetic")
+    return len(synthetic.synthetic_family(size).blocks(synthetic.meta_denoiser(synthetic.SIZES[size])))
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,14 @@ class Trainer:
 
     def dataset(self, dataset: str = "", subset: str = "", general: str = "") -> Path:
         """A dataset TOML over the photographs at 64 px, in batches of two."""
+        from library.families import family_options
+
         path = self.folder / f"dataset-{abs(hash((dataset, subset, general)))}.toml"
         being_written = path.with_suffix(f".{os.getpid()}")  # another process may be reading it
+        step = max(32, family_options(self.family).RESOLUTION_STEP)
         being_written.write_text(
-            f"[general]\n{general}\n[[datasets]]\nresolution = 64\nbatch_size = 2\nmin_bucket_reso = 32\n"
-            f"bucket_reso_steps = 32\n{dataset}\n[[datasets.subsets]]\nimage_dir = {json.dumps(str(self.photos))}\n"
+            f"[general]\n{general}\n[[datasets]]\nresolution = 64\nbatch_size = 2\nmin_bucket_reso = {step}\n"
+            f"bucket_reso_steps = {step}\n{dataset}\n[[datasets.subsets]]\nimage_dir = {json.dumps(str(self.photos))}\n"
             f"{subset}\n"
         )
         being_written.replace(path)
@@ -156,6 +159,12 @@ def sana_trainer(tiny_sana_file, photos, tmp_path) -> Trainer:
 def sd_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
     """Trains adapters on a tiny Stable Diffusion 1.x."""
     return Trainer(tiny_sd_file, photos, tmp_path, "sd")
+
+
+@pytest.fixture
+def sd_full_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
+    """Trains all of a tiny Stable Diffusion 1.x."""
+    return Trainer(tiny_sd_file, photos, tmp_path, "sd", network=False)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ TINY_SANA = SanaSizes(
 )
 
 TINY_SD = SdSizes(
-    width=64,
+    width=32,
     multipliers=(1, 1, 2, 2),
     clip_width=64,
     clip_depth=2,

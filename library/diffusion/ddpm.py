@@ -64,7 +64,7 @@ class Ddpm:
             tokens: Not looked at: the schedule is the same at every resolution.
         """
         timesteps = self.ddpm.timestep_range
-        number = (uniform.double() * len(timesteps)).long()
+        number = (uniform.double() * len(timesteps)).long().clamp(max=len(timesteps) - 1)  # 1 - 1e-17 rounds up to 1
         return ((number + timesteps.start + 1) / TIMESTEPS).float()
 
     def add_noise(self, x_0: Tensor, noise: Tensor, sigma: Tensor, draws: Draws | None = None) -> NoisedLatents:

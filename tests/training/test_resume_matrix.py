@@ -6,8 +6,8 @@ that both wrote is compared bit for bit by ``compare_runs``: the saved weights a
 final state (trained weights, optimizer, schedule, moving average, losses), every logged number, samples, and that no
 file is missing or left over.
 
-The rows cover, rather than multiply, these axes. Each value of an axis meets each of the three jobs (SD3 LoRA, SD3
-full, Sana full) where it exists for that job:
+The rows cover, rather than multiply, these axes. Each value of an axis meets each of three jobs (SD3 LoRA, SD3
+full, Sana full) where it exists for that job, and Stable Diffusion 1.x has rows for what it alone draws:
 
 - where it stops: before there is a state, at an epoch's end, in an epoch, inside an accumulation, after a save, between
   weights and state, after validation, after samples, inside a sample, by SIGTERM, while caching, and twice
@@ -15,7 +15,7 @@ full, Sana full) where it exists for that job:
 - one and two processes
 - what is carried from step to step: moving averages, schedules, optimizers with numbers of their own (schedule-free,
   Prodigy, 8 bits, CAME, Adafactor), bf16 weights with stochastic rounding, fused backward
-- what is drawn: captions, crops, dropout, masks, teachers, and what the curriculum decides
+- what is drawn: captions, crops, dropout, masks, teachers, noise of every kind, and what the curriculum decides
 """
 
 import contextlib
@@ -44,6 +44,7 @@ from tests.training.interruptions import (
 from tests.training.ranks import in_processes
 
 LORA, FULL, SANA = "trainer", "full_trainer", "sana_trainer"
+SD_LORA, SD_FULL = "sd_trainer", "sd_full_trainer"
 MEMORY = {"cache_latents": True, "cache_text_encoder_outputs": True}
 DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 ONLINE: dict = {}
@@ -58,6 +59,14 @@ VALIDATION = {"validation_split": 0.25, "validate_every_n_steps": 1}
 SAMPLES = {"sample_prompts": True, "sample_every_n_steps": 1, "preview_every": 1}
 COSINE = {"lr_scheduler": "cosine", "lr_warmup_steps": 2}
 UNET = {"network_train_unet_only": True}
+NOISE = {
+    "noise_offset": 0.1,
+    "noise_offset_random_strength": True,
+    "adaptive_noise_scale": 0.05,
+    "multires_noise_iterations": 3,
+    "ip_noise_gamma": 0.1,
+    "ip_noise_gamma_random_strength": True,
+}
 
 
 @dataclass(frozen=True)
@@ -283,6 +292,26 @@ ROWS = [
         [[before_step(3)]],
     ),
     Row(
+        "noise of every kind",
+        SD_LORA,
+        {**MEMORY, **UNET, **EVERY_STEP, **VALIDATION, "gradient_accumulation_steps": 2, **NOISE},
+        [[in_micro_batch(3, 2)], [after("validate", 2), sigterm(3)]],
+    ),
+    Row(
+        "samples with noise on the way, chunks, the text encoder trained",
+        SD_LORA,
+        {**EVERY_STEP, **SAMPLES, "sample_sampler": "euler_a", "max_token_length": 150, "weighted_captions": True}
+        | {"network_args": ["conv_dim=2", "conv_alpha=1"], "max_train_steps": 3},
+        [[after("take_samples", 2)], [in_picture(3)]],
+    ),
+    Row(
+        "velocities, a moving average",
+        SD_FULL,
+        {**DISK, **WORKERS, **EVERY_STEP, **FUSED, "v_parameterization": True, "zero_terminal_snr": True}
+        | {"use_ema": True, "min_snr_gamma": 5},
+        [[before_step(3)], [between_weights_and_state(2)]],
+    ),
+    Row(
         "two processes",
         LORA,
         {**DISK, **UNET, **WORKERS, **EVERY_STEP, **SAMPLES, **VALIDATION, **COSINE, "use_ema": True}
@@ -318,11 +347,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(row, request):
     if row.data is not None:
         options["dataset_config"] = row.data(trainer)
     if "sample_prompts" in options:
-        options["sample_prompts"] = trainer.folder / "prompts.txt"
+        options["sample_prompts"], height = trainer.folder / "prompts.txt", 64 if row.job == SD_LORA else 32
         options["sample_prompts"].write_text(
-            "a cat --w 64 --h 64 --s 2 --l 3 --d 5\na cup --w 64 --h 32 --s 2 --l 1 --d 6\n"
-            if row.job != SANA
-            else "a cat --w 64 --h 32 --s 2 --l 3 --d 5\n"
+            "a cat --w 64 --h 32 --s 2 --l 3 --d 5\n"
+            if row.job == SANA
+            else f"a cat --w 64 --h 64 --s 2 --l 3 --d 5\na cup --w 64 --h {height} --s 2 --l 1 --d 6\n"
         )
     outputs = [f"interrupted {number}" for number in range(len(row.stops))]
 
