@@ -30,7 +30,7 @@ def adapter_targets(
     attention_levels: int,
     blocks_per_level: int,
     clip_layers: int,
-    unread_clip_layers: int = 0,
+    read_clip_layers: int | None = None,
 ) -> Mapping[str, AdapterTargets]:
     """This describes the adapter's place in the U-Net and in the text encoder.
 
@@ -43,13 +43,16 @@ def adapter_targets(
         attention_levels: How many resolutions, from the first, look at the text.
         blocks_per_level: Residual blocks of a resolution on the way down; one more on the way up.
         clip_layers: Layers of the text encoder.
-        unread_clip_layers: How many of them, at the end, nothing looks at. They would learn nothing.
+        read_clip_layers: How many of them, from the first, anything looks at: others would learn nothing. None: all.
 
     Returns:
         By component: ``denoiser``, ``clip``.
     """
     layers = _unet_layers(multipliers, attention_levels, blocks_per_level)
-    return {"denoiser": _denoiser(layers), "clip": _clip(clip_layers, unread_clip_layers)}
+    return {
+        "denoiser": _denoiser(layers),
+        "clip": _clip(clip_layers, clip_layers if read_clip_layers is None else read_clip_layers),
+    }
 
 
 def _unet_layers(multipliers: tuple[int, ...], attention_levels: int, blocks_per_level: int) -> dict[str, str]:
@@ -92,12 +95,12 @@ def _block(path: str) -> str:
     return first if first == "middle_block" else f"{first}.{second}"
 
 
-def _clip(layers: int, unread: int) -> AdapterTargets:
+def _clip(layers: int, read: int) -> AdapterTargets:
     paths = [f"text_model.encoder.layers.{i}.{linear}" for i in range(layers) for linear in _CLIP_LINEARS]
     return AdapterTargets(
         prefix="lora_te",
         include=("text_model.encoder.layers.*.self_attn.*", "text_model.encoder.layers.*.mlp.*"),
-        exclude=tuple(f"text_model.encoder.layers.{i}.*" for i in range(layers - unread, layers)),
+        exclude=tuple(f"text_model.encoder.layers.{i}.*" for i in range(read, layers)),
         fused={path: FusedLinear((path,)) for path in paths},
         diffusers_prefix="text_encoder",
     )

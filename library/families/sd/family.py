@@ -166,7 +166,7 @@ def create(config: Any) -> SdFamily:
     files = locate(model, options)
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
-    denoiser = read_unet_config(files)
+    denoiser, clip_layers = read_unet_config(files), clip_sizes(files.clip).depth
     return SdFamily(
         files=files,
         options=options,
@@ -178,8 +178,8 @@ def create(config: Any) -> SdFamily:
             multipliers=denoiser.multipliers,
             attention_levels=denoiser.attention_levels,
             blocks_per_level=denoiser.blocks_per_level,
-            clip_layers=clip_sizes(files.clip).depth,
-            unread_clip_layers=_read_layer(options, is_v2=files.is_v2) - 1,
+            clip_layers=clip_layers,
+            read_clip_layers=clip_layers + 1 - _read_layer(options, is_v2=files.is_v2),
         ),
         tokenizers=tokenizer_places(model),
         attention=config.memory.attention_backend,

@@ -1,13 +1,20 @@
 """Tiny models of both generations with adapters, and the same weights in diffusers' classes."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from library.families.sd.adapter_targets import adapter_targets
 from networks.loading import create_network
-from tests.families.sd.test_unet import KINDS, diffusers_twin, inputs, random_unet
+from tests.families.sd.test_unet import TINY, diffusers_twin, inputs, random_unet
 from tests.networks.adapter_fixtures import Config
+
+SMALL = dataclasses.replace(TINY, multipliers=(1, 2), attention_levels=1, blocks_per_level=1)
+KINDS = {"sd1": SMALL, "sd2": dataclasses.replace(SMALL, num_heads=None, head_dim=16, linear_projections=True)}
+LAYERS, WITH_CONVOLUTIONS = 48, 79
+"""Of the U-Net that get an adapter: by default, and with ``conv_dim``."""
 
 CLIP_LAYERS = 3
 IDS = torch.tensor([[3, 5, 7, 49, 2, 2, 2, 2]])
@@ -50,7 +57,7 @@ def adapter(roots, *arguments, **options):
 
 
 def pipeline(kind):
-    """Diffusers' pipeline around the same weights as ``models(kind)``, its text encoder of transformers' plain class."""
+    """Diffusers' pipeline around the weights of ``models(kind)``; its text encoder has transformers' plain class."""
     diffusers = pytest.importorskip("diffusers")
     from transformers import CLIPTextModel
 

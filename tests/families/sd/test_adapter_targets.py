@@ -16,6 +16,9 @@ from networks.settings import AdapterSettings
 from tests.families.sd.adapter_models import (
     CLIP_LAYERS,
     EVERYTHING,
+    KINDS,
+    LAYERS,
+    WITH_CONVOLUTIONS,
     adapter,
     assert_same,
     differences,
@@ -24,18 +27,17 @@ from tests.families.sd.adapter_models import (
     targets_for,
     tiny_clip,
 )
-from tests.families.sd.test_unet import KINDS, inputs, random_unet, twin_of
+from tests.families.sd.test_unet import inputs, random_unet, twin_of
 from tests.networks.adapter_fixtures import randomise
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LIERLA = AdapterSettings(rank=4, alpha=1.0)
 C3LIER = AdapterSettings(rank=4, alpha=1.0, conv_rank=2, conv_alpha=1.0)
-KINDS_OF_ADAPTERS = {
-    "lierla": ({}, ()),
-    "c3lier": ({}, ("conv_dim=2",)),
-    "everything": ({}, EVERYTHING),
-    "loha": ({"network_module": "networks.loha"}, ("conv_dim=2",)),
-    "lokr": ({"network_module": "networks.lokr"}, ("factor=4", "conv_dim=2")),
+ADAPTERS = {
+    "sd1": ("sd1", {}, EVERYTHING),
+    "sd2": ("sd2", {}, EVERYTHING),
+    "sd1-loha": ("sd1", {"network_module": "networks.loha"}, ("conv_dim=2",)),
+    "sd1-lokr": ("sd1", {"network_module": "networks.lokr"}, ("factor=4", "conv_dim=2")),
 }
 
 
@@ -91,7 +93,9 @@ def test_the_layers_are_those_of_kohyas_module_list(kind):
 def test_every_layer_has_a_name_and_a_place_in_diffusers():
     for kind, config in KINDS.items():
         target = targets_for(config)["denoiser"]
-        layers = [name for name, layer in random_unet(config).named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        layers = [
+            name for name, layer in random_unet(config).named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+        ]
         assert set(layers) == set(target.key_paths) == set(target.fused), kind
 
 
@@ -117,15 +121,14 @@ def test_projections_are_convolutions_in_1x_and_linear_in_2x(kind):
     network = adapter(models(kind), "conv_dim=2")
     layers = network.modules_by_name
     ends = () if kind == "sd2" else (1, 1)
-    for name in ("lora_unet_mid_block_attentions_0_proj_in", "lora_unet_down_blocks_1_attentions_0_proj_out"):
+    for name in ("lora_unet_mid_block_attentions_0_proj_in", "lora_unet_down_blocks_0_attentions_0_proj_out"):
         assert layers[name].lora_down.weight.shape[2:] == layers[name].lora_up.weight.shape[2:] == ends
-    assert layers["lora_unet_up_blocks_0_upsamplers_0_conv"].lora_down.weight.shape == (2, 128, 3, 3)
+    assert layers["lora_unet_up_blocks_0_upsamplers_0_conv"].lora_down.weight.shape == (2, 64, 3, 3)
     assert layers["lora_unet_down_blocks_1_resnets_0_conv_shortcut"].lora_down.weight.shape == (4, 32, 1, 1)
     assert layers["lora_unet_down_blocks_1_resnets_0_time_emb_proj"].lora_down.weight.shape == (4, 128)
 
 
-@pytest.mark.parametrize(("options", "arguments"), KINDS_OF_ADAPTERS.values(), ids=KINDS_OF_ADAPTERS)
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize(("kind", "options", "arguments"), ADAPTERS.values(), ids=ADAPTERS)
 def test_gradients_reach_every_layer_and_files_and_merging_give_the_same(tmp_path, kind, options, arguments):
     roots = models(kind)
     plain = our_answers(roots)
@@ -146,41 +149,39 @@ def test_gradients_reach_every_layer_and_files_and_merging_give_the_same(tmp_pat
     targets = targets_for(KINDS[kind])
     again, merged = models(kind), models(kind)
     load_adapter(path, again, targets)
-    assert all(map(torch.equal, our_answers(again), answers))
+    assert_same(our_answers(again), answers)
     assert merge(merged, targets, [path]) == len(network.modules_by_name)
     assert_same(our_answers(merged), answers)
 
 
-RANKS = {"attn_dim=0": ("_attn", 0), "attn_dim=2": ("_attn", 2), "mlp_dim=5": (("_ff_", "_proj_"), 5)}
+ATTENTION = ("_attn1_", "_attn2_")
 
 
-@pytest.mark.parametrize("argument", RANKS)
-def test_ranks_by_type(argument):
-    parts, rank = RANKS[argument]
+@pytest.mark.parametrize(
+    ("argument", "rank", "of_attention"), [("attn_dim=0", 0, 1), ("attn_dim=2", 2, 1), ("mlp_dim=5", 5, 0)]
+)
+def test_ranks_by_type(argument, rank, of_attention):
     network = adapter(models("sd1"), argument, network_train_unet_only=True)
-    parts = (parts,) if isinstance(parts, str) else parts
-    ranks = {name: layer.rank for name, layer in network.modules_by_name.items()}
-    of_attention = [part for part in ("_attn1_", "_attn2_")]
-    inside = {
-        name
-        for name in ranks
-        if (any(part in name for part in of_attention) if parts == ("_attn",) else not any(p in name for p in of_attention))
-    }
-    assert {ranks[name] for name in inside} == ({rank} if rank else set())
-    assert {ranks[name] for name in set(ranks) - inside} == {4}
+    ranks = {True: set(), False: set()}
+    for name, layer in network.modules_by_name.items():
+        ranks[any(part in name for part in ATTENTION)].add(layer.rank)
+    assert ranks == {bool(of_attention): {rank} if rank else set(), not of_attention: {4}}
 
 
 def test_presets_of_lycoris():
-    def names(*arguments, module="lycoris.kohya"):
+    def ranks(*arguments, module="lycoris.kohya"):
         network = adapter(models("sd1"), *arguments, network_module=module, network_train_unet_only=True)
         return {name: layer.rank for name, layer in network.modules_by_name.items()}
 
-    default = names()
-    assert len(default) == 278 and set(default.values()) == {4}, "LyCORIS changes convolutions with the same rank"
-    assert names("preset=full") == default
-    assert len(names("preset=full", module="networks.lora")) == 192
-    assert len(names("preset=attn-mlp")) == 192
-    assert len(names("preset=attn-only")) == 128
-    assert set(names("conv_dim=2").values()) == {2, 4}
-    layer = adapter(models("sd1"), network_module="lycoris.kohya").modules_by_name["lora_unet_mid_block_resnets_0_conv1"]
-    assert (layer.rank, layer.alpha) == (4, 3.0)
+    default = ranks()
+    assert len(default) == WITH_CONVOLUTIONS and set(default.values()) == {4}, (
+        "as in LyCORIS, convolutions have the rank"
+    )
+    assert ranks("preset=full") == default
+    assert len(ranks("preset=full", module="networks.lora")) == LAYERS
+    assert len(ranks("preset=attn-mlp")) == LAYERS
+    assert len(ranks("preset=attn-only")) == 32
+    assert set(ranks("conv_dim=2").values()) == {2, 4}
+    layers = adapter(models("sd1"), network_module="lycoris.kohya").modules_by_name
+    convolution = layers["lora_unet_mid_block_resnets_0_conv1"]
+    assert (convolution.rank, convolution.alpha) == (4, 3.0)
