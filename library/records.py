@@ -298,6 +298,11 @@ class AdapterTargets:
         dims: ``--network_args`` name -> globs of the layers whose rank it sets (0 leaves them out).
         optional: Layers outside ``include`` that ``emb_dims`` switches on: one tuple of globs per position of its list.
         block_prefix: Path of the block list (``joint_blocks``) that ``train_block_indices`` counts in; None: no blocks.
+        ways: A U-Net's: name of a way through it (``down``, ``mid``, ``up``) -> the paths of its blocks, in forward
+            order. The settings per block count in all of them, ``down_lr_weight`` and so on in one.
+        convolutional: Globs of the layers outside ``include`` that get an adapter where ``conv_dim`` asks for one on
+            convolutions; the rank of linear layers and 1x1 convolutions among them is the network's.
+        key_paths: Our module path -> the path that the adapter's keys are made of, where it is another.
         fused: Our module path -> the same layer in diffusers' spelling, for every layer whose adapter can be saved so.
         diffusers_prefix: Of the component's keys in a diffusers adapter file: ``transformer``, ``text_encoder``; empty:
             diffusers has no place for it.
@@ -310,6 +315,9 @@ class AdapterTargets:
     dims: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     optional: tuple[tuple[str, ...], ...] = ()
     block_prefix: str | None = None
+    ways: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    convolutional: tuple[str, ...] = ()
+    key_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Mapping[str, FusedLinear] = dataclasses.field(default_factory=dict)
     diffusers_prefix: str = ""
     enabled_by: str | None = None

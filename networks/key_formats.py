@@ -31,12 +31,16 @@ from networks.loha import LohaWeights
 from networks.lokr import LokrWeights
 from networks.lora_layer import LoraWeights
 from networks.methods import UpdateWeights
-from networks.targeting import DENOISER, kohya_name
+from networks.targeting import DENOISER, kohya_name, layer_name
 
 KOHYA, DIFFUSERS = "kohya", "diffusers"
 PEFT_METADATA = "lora_adapter_metadata"
 
 LYCORIS_PREFIX = "lycoris"
+
+_WRAPPER = "text_model."
+"""What transformers' CLIP text encoders are wrapped in, or not, by version and class. PEFT compares the ends of names,
+so without it in the metadata a layer is found either way."""
 
 _MOST_VALUES = 1_000_000
 _MOST_REPEATS = 3
@@ -100,7 +104,7 @@ class DiffusersPlace:
 def diffusers_places(targets: Mapping[str, AdapterTargets]) -> dict[str, DiffusersPlace]:
     """This maps our layers' names to their places in diffusers, for every layer that has one."""
     places = (
-        DiffusersPlace(kohya_name(target.prefix, path), target.diffusers_prefix, layer)
+        DiffusersPlace(layer_name(target, path), target.diffusers_prefix, layer)
         for target in targets.values()
         if target.diffusers_prefix
         for path, layer in target.fused.items()
@@ -123,9 +127,9 @@ def detect_format(keys: Iterable[str], targets: Mapping[str, AdapterTargets], so
     for marker, method in _OTHER_METHODS.items():
         if any(marker in key for key in keys):
             raise ConfigError(f"{source} is a {method} adapter; only LoRA, LoKr and LoHa can be read")
-    theirs = {
-        kohya_name(LYCORIS_PREFIX, part) for place in diffusers_places(targets).values() for part in place.layer.parts
-    }
+    places = diffusers_places(targets)
+    theirs = {kohya_name(LYCORIS_PREFIX, part) for place in places.values() for part in place.layer.parts}
+    theirs = {name for name in theirs if _own_name(name, targets) not in places}
     if elsewhere := [key for key in keys if _is_factor(key) and not _is_kohya_factor(key, theirs)]:
         raise ConfigError(
             f"{source} has a LoKr or LoHa for diffusers' layers ({elsewhere[0]}), whose separate q, k and v have no "
@@ -213,7 +217,7 @@ def to_diffusers(
         for part, path, rows in zip(place.parts, place.layer.parts, up.chunk(len(place.parts))):
             tensors[f"{part}.lora_A.weight"] = down
             tensors[f"{part}.lora_B.weight"] = rows
-            ranks.setdefault(place.prefix, {})[path] = layer.rank
+            ranks.setdefault(place.prefix, {})[path.removeprefix(_WRAPPER)] = layer.rank
     return tensors, {"format": "pt", PEFT_METADATA: json.dumps(_peft_config(ranks), sort_keys=True)}
 
 

@@ -18,7 +18,7 @@ from networks.key_formats import DIFFUSERS, KOHYA, components_of, detect_format,
 from networks.lora import AdapterNetwork, attach, inject, size_metadata
 from networks.methods import UpdateWeights
 from networks.settings import AdapterSettings, read_settings
-from networks.targeting import TargetedLayer, all_layers, trained_components
+from networks.targeting import TargetedLayer, all_layers, left_out, trained_components
 from networks.wrapping import weight_shape
 
 if TYPE_CHECKING:
@@ -224,7 +224,9 @@ def _from_file(
     partial: bool,
 ) -> AdapterNetwork:
     weights = read_adapter(path, targets)
-    layers = match_layers(weights, layers_by_name(roots, targets), roots, targets, path, partial=partial)
+    matched = match_layers(weights, layers_by_name(roots, targets), roots, targets, path, partial=partial)
+    without = left_out(targets, settings)
+    layers = [layer for layer in matched if layer.name not in without]
     if not layers:
         raise ConfigError(f"{path} has nothing for {', '.join(roots)}")
     used = {layer.name: weights[layer.name] for layer in layers}

@@ -14,8 +14,9 @@ from networks.key_formats import KOHYA, to_diffusers, to_kohya
 from networks.lokr import LokrLayer
 from networks.lora_layer import LoraWeights
 from networks.methods import UpdateLayer, UpdateWeights, layer_for, new_layer
+from networks.parameter_groups import parameter_groups
 from networks.settings import AdapterSettings
-from networks.targeting import DENOISER, TargetedLayer, learning_rates, select_layers
+from networks.targeting import TargetedLayer, select_layers
 
 # A file's alpha may have been rounded to bf16.
 _ALPHA_TOLERANCE = 0.01
@@ -75,38 +76,8 @@ class AdapterNetwork(nn.Module):
         return [parameter for layer in layers for parts in layer.parts_by_rate for parameter in parts]
 
     def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        """This makes the optimizer's groups: one per component, and with LoRA+ another for its ``up`` weights.
-
-        LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives ``up`` a larger learning rate than ``down``.
-
-        Args:
-            optimizer: The learning rates.
-
-        Returns:
-            ``params``, ``lr`` and ``name`` per group: ``unet``, ``unet plus``, ``textencoder 1``, ...
-
-        Raises:
-            ValueError: A component's learning rate is 0. It should have got no adapter.
-        """
-        rates = learning_rates(optimizer, self.targets)
-        encoders = [component for component in self.targets if component != DENOISER]
-        groups = []
-        for component in self.components:
-            rate = rates[component]
-            if rate <= 0:
-                raise ValueError(f"{component} has learning rate {rate:g}, so it should not have an adapter")
-            of_encoder = component != DENOISER
-            name = f"textencoder {encoders.index(component) + 1}" if of_encoder else "unet"
-            settings = self.settings
-            ratio = settings.loraplus_text_encoder_lr_ratio if of_encoder else settings.loraplus_unet_lr_ratio
-            layers = [layer for layer in self.modules_by_name.values() if layer.component == component]
-            down, up = ([p for layer in layers for p in layer.parts_by_rate[faster]] for faster in (0, 1))
-            if ratio == 1:
-                groups.append({"params": [*down, *up], "lr": rate, "name": name})
-            else:
-                groups.append({"params": down, "lr": rate, "name": name})
-                groups.append({"params": up, "lr": rate * ratio, "name": f"{name} plus"})
-        return groups
+        """The optimizer's groups; see ``networks.parameter_groups``."""
+        return parameter_groups(self.modules_by_name, self.targets, self.settings, optimizer)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

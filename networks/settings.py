@@ -3,9 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from library.config.errors import ConfigError, nearest_name
-from library.config.network import METHODS, TRUE_TEXTS, NetworkConfig, split_network_args
+from library.config.errors import ConfigError
+from library.config.network import LYCORIS, TRUE_TEXTS, NetworkConfig, split_network_args
 from library.records import AdapterTargets
+from networks.block_settings import (
+    ALPHA_LISTS,
+    NO_BLOCKS,
+    RANK_LISTS,
+    BlockSettings,
+    block_setting_names,
+    read_block_settings,
+)
+from networks.setting_names import FALSE_TEXTS, check_names
 
 _RANKS_BY_HAND = (
     "conv_dim",
@@ -16,6 +25,8 @@ _RANKS_BY_HAND = (
     "factor",
     "decompose_both",
     "full_matrix",
+    *RANK_LISTS,
+    *ALPHA_LISTS,
 )
 _OF_ALL = ("conv_dim", "conv_alpha", "preset", "train_block_indices", "rank_dropout", "module_dropout")
 _PRESETS: Mapping[str, tuple[str, ...]] = {"full": ("",), "attn-mlp": ("attn", "mlp"), "attn-only": ("attn",)}
@@ -28,47 +39,6 @@ _OF_METHOD: Mapping[str, tuple[str, ...]] = {
 }
 OWN_NAMES = (*_OF_ALL, *(name for names in _OF_METHOD.values() for name in names))
 """The ``--network_args`` that every model has."""
-
-_WHY_NOT_OURS = {
-    "dropout": "its update has no inner activations to drop; use rank_dropout or module_dropout",
-    "loraplus_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
-    "loraplus_unet_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
-    "loraplus_text_encoder_lr_ratio": "LoRA+ is a rule for LoRA's two matrices",
-    "factor": "only a LoKr's update is cut into a Kronecker product",
-    "decompose_both": "only a LoKr's update is cut into a Kronecker product",
-    "full_matrix": "only a LoKr's factors can be whole",
-}
-_FALSE = ("false", "0", "no", "off", "n", "f")
-_REFUSED = {
-    "split_qkv": "the fused qkv layer takes one update, which at three times the rank can be any three separate ones. "
-    "Raise the rank (x_attn_dim, context_attn_dim) or remove it",
-    "verbose": "what the adapter changes is logged in any case. Remove it",
-    **{
-        name: f"{meaning}. Remove it"
-        for name, meaning in {
-            "use_tucker": "there is no Tucker decomposition, which is for convolutions with kernels larger than 1",
-            "use_cp": "there is no Tucker decomposition, which is for convolutions with kernels larger than 1",
-            "use_scalar": "updates start at zero without a scalar",
-            "dora_wd": "DoRA can't be trained",
-            "weight_decompose": "DoRA can't be trained",
-            "wd_on_output": "DoRA can't be trained",
-            "rs_lora": "the strength is alpha / rank; give an alpha of the rank's square root times what you mean",
-            "train_norm": "norms have no weights that an adapter could change",
-            "bypass_mode": "a LoKr never makes its product, and a LoHa always does",
-            "unbalanced_factorization": "both sides are cut by the same rule",
-            "rank_dropout_scale": "what rank_dropout keeps is scaled up in any case",
-            "block_size": "DyLoRA can't be trained",
-            "constraint": "OFT can't be trained",
-            "rescaled": "OFT can't be trained",
-        }.items()
-    },
-}
-_HARMLESS = {
-    "split_qkv": _FALSE,
-    **{name: _FALSE for name in ("use_tucker", "use_cp", "use_scalar", "dora_wd", "weight_decompose", "rs_lora")},
-    **{name: _FALSE for name in ("train_norm", "bypass_mode", "unbalanced_factorization")},
-}
-"""Values that say what happens anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +64,8 @@ class AdapterSettings:
         full_matrix: LoKr's: whether both factors are whole whatever the rank.
         loraplus_unet_lr_ratio: Learning rate of ``up`` over that of ``down`` in the denoiser (LoRA+).
         loraplus_text_encoder_lr_ratio: The same in the text encoders.
+        blocks: What is said of each block of a U-Net.
+        typed: Names in ``--network_args``: what stands there must act.
     """
 
     method: str = "lora"
@@ -114,6 +86,13 @@ class AdapterSettings:
     full_matrix: bool = False
     loraplus_unet_lr_ratio: float = 1.0
     loraplus_text_encoder_lr_ratio: float = 1.0
+    blocks: BlockSettings = NO_BLOCKS
+    typed: frozenset[str] = frozenset()
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether convolutions with kernels larger than 1 get an adapter."""
+        return self.conv_rank is not None or bool(self.blocks.conv_ranks)
 
 
 def factor_name(type_name: str) -> str:
@@ -139,7 +118,8 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
     switches = {targets_of.enabled_by for targets_of in targets.values() if targets_of.enabled_by}
     optional = max((len(targets_of.optional) for targets_of in targets.values()), default=0)
     known = {*types, *factors, *switches, *_OF_ALL, *_OF_METHOD[method], *(["emb_dims"] if optional else [])}
-    _check_names(arguments, known, method)
+    known |= {*block_setting_names(targets)}
+    check_names(arguments, known, method)
     if network.dim_from_weights:
         _check_ranks_come_from_file(arguments, {*types, *factors})
     full_matrix = _boolean("full_matrix", arguments.get("full_matrix", "false"))
@@ -147,8 +127,12 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         _check_whole_factors(network, arguments, types)
 
     text = arguments.get
+    blocks = read_block_settings(arguments, targets)
+    if both := [name for name in sorted(types) if name in arguments and blocks.ranks]:
+        raise ConfigError(f"--network_args {both[0]} and block_dims both set the rank of the same layers; keep one")
+    conv_rank, conv_alpha = _convolutions(network, arguments, targets)
     ratio = _number("loraplus_lr_ratio", text("loraplus_lr_ratio"), 1.0, above=0.0)
-    if "conv_alpha" in arguments and "conv_dim" not in arguments:
+    if "conv_alpha" in arguments and conv_rank is None and not blocks.conv_ranks:
         raise ConfigError("--network_args conv_alpha does nothing without conv_dim; add conv_dim or remove it")
     if "dropout" in arguments and network.network_dropout:
         raise ConfigError("--network_args dropout and --network_dropout mean the same; keep one")
@@ -156,8 +140,8 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         method=method,
         rank=network.network_dim,
         alpha=network.network_alpha,
-        conv_rank=_rank("conv_dim", arguments["conv_dim"]) if "conv_dim" in arguments else None,
-        conv_alpha=_number("conv_alpha", text("conv_alpha"), 1.0, minimum=0.0),
+        conv_rank=conv_rank,
+        conv_alpha=conv_alpha,
         type_ranks={
             **_left_out_by_preset(text("preset", "full"), types),
             **{name: _rank(name, arguments[name], minimum=0) for name in sorted(types) if name in arguments},
@@ -176,31 +160,36 @@ def read_settings(network: NetworkConfig, targets: Mapping[str, AdapterTargets])
         loraplus_text_encoder_lr_ratio=_number(
             "loraplus_text_encoder_lr_ratio", text("loraplus_text_encoder_lr_ratio"), ratio, above=0.0
         ),
+        blocks=blocks,
+        typed=frozenset(arguments),
     )
 
 
-def _check_names(arguments: Mapping[str, str], known: set[str], method: str) -> None:
-    problems = []
-    for name, value in arguments.items():
-        if name in known or value.lower() in _HARMLESS.get(name, ()):
-            continue
-        if name in _WHY_NOT_OURS:
-            problems.append(
-                f"--network_args {name} does nothing for {METHODS[method]}: {_WHY_NOT_OURS[name]}. Remove it"
-            )
-            continue
-        if name in _REFUSED:
-            problems.append(f"--network_args {name}={value} can't be used: {_REFUSED[name]}")
-            continue
-        near = nearest_name(name, known)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
-        problems.append(f"--network_args: unknown name {name}; {hint}")
-    if problems:
-        raise ConfigError("\n".join(problems))
+def _convolutions(
+    network: NetworkConfig, arguments: Mapping[str, str], targets: Mapping[str, AdapterTargets]
+) -> tuple[int | None, float]:
+    """Rank (None: none) and alpha of convolutions with kernels larger than 1.
+
+    LyCORIS changes them by default, as all other layers; a preset of its that names layers leaves them out.
+    """
+    rank = _rank("conv_dim", arguments["conv_dim"]) if "conv_dim" in arguments else None
+    by_default = (
+        network.network_module == LYCORIS
+        and arguments.get("preset", "full") == "full"
+        and any(target.convolutional for target in targets.values())
+        and not {"conv_dim", "conv_block_dims"} & set(arguments)
+        and not network.dim_from_weights
+        and not network.network_train_text_encoder_only
+    )
+    alpha = network.network_alpha if by_default else 1.0
+    return network.network_dim if by_default else rank, _number(
+        "conv_alpha", arguments.get("conv_alpha"), alpha, minimum=0.0
+    )
 
 
 def _check_whole_factors(network: NetworkConfig, arguments: Mapping[str, str], types: set[str]) -> None:
-    idle = [name for name in ("decompose_both", "conv_alpha") if name in arguments]
+    without_ranks = ("decompose_both", "conv_alpha", *RANK_LISTS, *ALPHA_LISTS)
+    idle = [name for name in without_ranks if name in arguments]
     idle += [name for name in sorted(types) if arguments.get(name, "0") != "0"]
     if idle:
         raise ConfigError(
@@ -278,7 +267,7 @@ def _rank_list(name: str, text: str, count: int) -> tuple[int, ...]:
 
 
 def _boolean(name: str, text: str) -> bool:
-    if text.lower() not in (*TRUE_TEXTS, *_FALSE):
+    if text.lower() not in (*TRUE_TEXTS, *FALSE_TEXTS):
         raise _unexpected(name, text, "true or false")
     return text.lower() in TRUE_TEXTS
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.records import AdapterTargets
 from networks.settings import AdapterSettings, factor_name
+
+Number = TypeVar("Number", int, float)
 
 DENOISER = "denoiser"
 DEFAULT_LEARNING_RATE = 1e-4
@@ -40,6 +43,37 @@ class TargetedLayer:
 def kohya_name(prefix: str, path: str) -> str:
     """The name of an adapter's keys for the layer at ``path``. It can't be inverted: paths contain underscores."""
     return f"{prefix}_{path.replace('.', '_')}"
+
+
+def layer_name(target: AdapterTargets, path: str) -> str:
+    """The name of an adapter's keys for the layer at our module path ``path``."""
+    return kohya_name(target.prefix, target.key_paths.get(path, path))
+
+
+def block_of(target: AdapterTargets, path: str) -> int | None:
+    """The number of the block that a layer stands in; None outside the blocks."""
+    if target.block_prefix is not None and path.startswith(f"{target.block_prefix}."):
+        return int(path[len(target.block_prefix) + 1 :].split(".")[0])
+    blocks = (number for number, block in enumerate(way_blocks(target)) if path.startswith(f"{block}."))
+    return next(blocks, None)
+
+
+def way_blocks(target: AdapterTargets) -> list[str]:
+    """The paths of a U-Net's blocks, in forward order; empty for other models."""
+    return [block for blocks in target.ways.values() for block in blocks]
+
+
+def blocks_by_name(target: AdapterTargets) -> dict[str, int]:
+    """The layers in a U-Net's blocks: name of their keys -> number of the block."""
+    blocks = {layer_name(target, path): block_of(target, path) for path in target.key_paths} if target.ways else {}
+    return {name: block for name, block in blocks.items() if block is not None}
+
+
+def left_out(targets: Mapping[str, AdapterTargets], settings: AdapterSettings) -> set[str]:
+    """The names of the layers whose block has the learning rate 0."""
+    rates = settings.blocks.rates
+    blocks = [entry for target in targets.values() for entry in blocks_by_name(target).items()] if rates else []
+    return {name for name, block in blocks if rates[block] == 0}
 
 
 def learning_rates(optimizer: OptimizerConfig, targets: Mapping[str, AdapterTargets]) -> dict[str, float]:
@@ -118,7 +152,7 @@ def all_layers(
     for component, root in roots.items():
         for path, module in root.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and path:
-                yield kohya_name(targets[component].prefix, path), component, path, module
+                yield layer_name(targets[component], path), component, path, module
 
 
 def select_layers(
@@ -143,7 +177,7 @@ def select_layers(
         if rank:
             layers.append(TargetedLayer(name, component, module, rank, alpha, factor))
     given = {*settings.type_ranks, *(factor_name(name) for name in settings.type_factors)}
-    idle = {*given, *(["conv_dim"] if settings.conv_rank else [])} - acted
+    idle = {*given, *(settings.typed & {"conv_dim"})} - acted
     if idle:
         raise ConfigError(
             f"--network_args {', '.join(sorted(idle))} does nothing: no layer that gets an adapter is of that type; "
@@ -165,18 +199,30 @@ def _rank(
     """Rank (0: no adapter) and alpha of one layer; notes in ``acted`` which settings applied."""
     if _matches(path, target.exclude):
         return 0, 0.0
-    if not _matches(path, target.include):
+    block = block_of(target, path)
+    of_block = None if block is None or not target.ways else block
+    if of_block is not None and settings.blocks.rates and settings.blocks.rates[of_block] == 0:
+        return 0, 0.0
+    added = settings.has_convolutions and _matches(path, target.convolutional)
+    if not added and not _matches(path, target.include):
         ranks = zip(target.optional, settings.optional_ranks)
         return next((rank for globs, rank in ranks if _matches(path, globs)), 0), settings.alpha
     # First the types, so that a setting counts as acting even where the choice of blocks leaves the layer out.
     types = [name for name, globs in target.dims.items() if name in settings.type_ranks and _matches(path, globs)]
     acted.update(types)
-    if settings.block_indices is not None and _block(path, target) not in (None, *settings.block_indices):
+    if settings.block_indices is not None and block not in (None, *settings.block_indices):
         return 0, 0.0
     if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
         acted.add("conv_dim")
-        return settings.conv_rank or 0, settings.conv_alpha
-    return settings.type_ranks[types[0]] if types else settings.rank, settings.alpha
+        return _of_block(settings.blocks.conv_ranks, of_block, settings.conv_rank or 0), _of_block(
+            settings.blocks.conv_alphas, of_block, settings.conv_alpha
+        )
+    rank = settings.type_ranks[types[0]] if types else _of_block(settings.blocks.ranks, of_block, settings.rank)
+    return rank, _of_block(settings.blocks.alphas, of_block, settings.alpha)
+
+
+def _of_block(given: Sequence[Number], block: int | None, else_: Number) -> Number:
+    return else_ if block is None or not given else given[block]
 
 
 def _factor(path: str, target: AdapterTargets, settings: AdapterSettings, acted: set[str]) -> int:
@@ -192,25 +238,24 @@ def _matches(path: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(path, glob) for glob in globs)
 
 
-def _block(path: str, target: AdapterTargets) -> int | None:
-    if target.block_prefix is None or not path.startswith(f"{target.block_prefix}."):
-        return None
-    return int(path[len(target.block_prefix) + 1 :].split(".")[0])
-
-
 def _check_blocks(
     roots: Mapping[str, nn.Module], targets: Mapping[str, AdapterTargets], settings: AdapterSettings
 ) -> None:
+    counts = {component: _block_count(root, targets[component]) for component, root in roots.items()}
+    named = [*(["train_block_indices"] if settings.block_indices is not None else []), *settings.blocks.names]
+    if named and not any(counts.values()):
+        raise ConfigError(f"--network_args {named[0]} does nothing: no component with blocks gets an adapter")
     if settings.block_indices is None:
         return
-    lists = [target.block_prefix for component, target in targets.items() if component in roots and target.block_prefix]
-    if not lists:
-        raise ConfigError("--network_args train_block_indices does nothing: no component with blocks gets an adapter")
-    for component, root in roots.items():
-        prefix = targets[component].block_prefix
-        count = len(root.get_submodule(prefix)) if prefix else None  # type: ignore[arg-type]
-        if count is not None and max(settings.block_indices, default=0) >= count:
+    for component, count in counts.items():
+        if count and max(settings.block_indices, default=0) >= count:
             raise ConfigError(
                 f"--network_args train_block_indices names block {max(settings.block_indices)}, but {component} has "
                 f"blocks 0 to {count - 1}"
             )
+
+
+def _block_count(root: nn.Module, target: AdapterTargets) -> int:
+    if target.block_prefix is not None:
+        return len(root.get_submodule(target.block_prefix))  # type: ignore[arg-type]
+    return len(way_blocks(target))

@@ -37,6 +37,7 @@ from library.sampling.prompts import PromptRequest
 from networks.loading import load_adapter
 from networks.lora import AdapterNetwork, inject
 from networks.settings import AdapterSettings
+from networks.targeting import layer_name
 from tools.make_miniature import MAKERS
 
 CPU = {"device": "cpu", "dtype": torch.float32}
@@ -537,8 +538,7 @@ def test_targets_name_layers_that_exist(model):
             assert list(blocks) == list(model.family.blocks(roots[component]))
         network = inject({component: copy.deepcopy(roots[component])}, targets, settings_of())
         if target.diffusers_prefix:
-            names = {path.replace(".", "_") for path in target.fused}
-            assert {name.removeprefix(f"{target.prefix}_") for name in network.modules_by_name} <= names
+            assert set(network.modules_by_name) <= {layer_name(target, path) for path in target.fused}
 
 
 @torch.no_grad()

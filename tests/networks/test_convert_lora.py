@@ -145,3 +145,63 @@ def test_a_lokr_on_sanas_convolution_keeps_its_kernel(tmp_path):
     assert down.shape[1:] == (2880, 1, 1) and up.shape[0] == 1152
     expected = torch.kron(tensors[f"{name}.lokr_w1"], tensors[f"{name}.lokr_w2_a"] @ tensors[f"{name}.lokr_w2_b"])
     torch.testing.assert_close(up[:, :, 0, 0] @ down[:, :, 0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def sd_file(path, context_width, kernel, metadata=None):
+    """An adapter of Stable Diffusion, as kohya's scripts name its layers; two are convolutions in 1.x."""
+    generator = torch.Generator().manual_seed(0)
+    block = "lora_unet_down_blocks_0_attentions_0"
+    shapes = {
+        f"{block}_transformer_blocks_0_attn2_to_k": (320, context_width, ()),
+        f"{block}_proj_in": (320, 320, kernel),
+        "lora_unet_up_blocks_1_upsamplers_0_conv": (1280, 1280, (3, 3)),
+        "lora_te_text_model_encoder_layers_1_mlp_fc1": (4 * context_width, context_width, ()),
+    }
+    tensors = {}
+    for name, (outputs, inputs, size) in shapes.items():
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, inputs, *size, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, 2, *(1 for _ in size), generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path, {"ss_network_dim": "2", "ss_network_alpha": "2.0", **(metadata or {})})
+    return tensors
+
+
+@pytest.mark.parametrize(("context_width", "kernel"), [(768, (1, 1)), (1024, ())], ids=["sd1", "sd2"])
+def test_stable_diffusion_there_and_back(tmp_path, context_width, kernel):
+    original = sd_file(tmp_path / "a.safetensors", context_width, kernel)
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
+    theirs = load_file(tmp_path / "b.safetensors")
+    place = "unet.up_blocks.1.upsamplers.0.conv"
+    assert torch.equal(
+        theirs[f"{place}.lora_B.weight"], original["lora_unet_up_blocks_1_upsamplers_0_conv.lora_up.weight"]
+    )
+    assert "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_A.weight" in theirs
+    assert main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.safetensors"), "--to", "kohya"]) == 0
+    restored = load_file(tmp_path / "c.safetensors")
+    assert restored.keys() == original.keys()
+    assert all(torch.equal(restored[name], original[name]) for name in original)
+
+
+def test_a_text_encoders_adapter_says_which_model_it_is_for(tmp_path):
+    name = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+    tensors = {f"{name}.lora_A.weight": torch.randn(2, 768), f"{name}.lora_B.weight": torch.randn(3072, 2)}
+    for architecture, prefix in (
+        ("stable-diffusion-v1/lora", "lora_te"),
+        ("stable-diffusion-3-medium/lora", "lora_te1"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors", {"modelspec.architecture": architecture})
+        assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "kohya"]) == 0
+        assert f"{prefix}_text_model_encoder_layers_1_mlp_fc1.alpha" in load_file(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(("generation", "kernel"), [("v1", (1, 1)), ("v2-768-v", ())])
+def test_a_loha_on_a_projection_has_the_kernel_of_its_generation(tmp_path, generation, kernel):
+    """Its tensors are matrices in both, and it looks at no text, so only the metadata tells."""
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    shapes = {"hada_w1_a": (1280, 2), "hada_w1_b": (2, 1280), "hada_w2_a": (1280, 2), "hada_w2_b": (2, 1280)}
+    tensors = {f"{name}.{part}": torch.randn(shape) for part, shape in shapes.items()}
+    architecture = {"modelspec.architecture": f"stable-diffusion-{generation}/lora"}
+    save_file(tensors, tmp_path / "a.safetensors", architecture)
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
+    theirs = load_file(tmp_path / "b.safetensors")
+    assert theirs["unet.mid_block.attentions.0.proj_in.lora_A.weight"].shape == (4, 1280, *kernel)

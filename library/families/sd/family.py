@@ -83,7 +83,7 @@ class SdFamily:
         """The strategy with the tokenizer loaded."""
         is_v2 = self.files.is_v2
         tokenizer = load_tokenizer(self.tokenizers, self.options, is_v2=is_v2)
-        layer = clip_sizes(self.files.clip).depth + 1 - (self.options.clip_skip or 1)
+        layer = _layers_read(clip_sizes(self.files.clip).depth, self.options)
         return SdTextStrategy(tokenizer, layer, part_identity(self.files.clip))
 
     def load_text_encoders(
@@ -215,6 +215,11 @@ class SdFamily:
             )
 
 
+def _layers_read(depth: int, options: SdOptions) -> int:
+    """How many of the text encoder's layers captions go through."""
+    return depth + 1 - (options.clip_skip or 1)
+
+
 def create(config: Any) -> SdFamily:
     """This makes the family from a validated configuration. Only headers of files are read.
 
@@ -229,14 +234,21 @@ def create(config: Any) -> SdFamily:
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
     velocity = own_prediction(config.ddpm, files.v_prediction)
+    denoiser, clip_layers = read_unet_config(files), clip_sizes(files.clip).depth
     return SdFamily(
         files=files,
         options=options,
-        denoiser=read_unet_config(files),
+        denoiser=denoiser,
         description=describe(files, options, v_prediction=velocity),
         latents=sd_latents(part_identity(files.vae)),
         objective=Ddpm(dataclasses.replace(config.ddpm, v_parameterization=velocity), config.loss),
-        adapter_targets=adapter_targets(),
+        adapter_targets=adapter_targets(
+            multipliers=denoiser.multipliers,
+            attention_levels=denoiser.attention_levels,
+            blocks_per_level=denoiser.blocks_per_level,
+            clip_layers=clip_layers,
+            read_clip_layers=_layers_read(clip_layers, options),
+        ),
         tokenizers=tokenizer_places(model),
         attention=config.memory.attention_backend,
         mmap=not model.disable_mmap_load_safetensors,

@@ -8,7 +8,7 @@ from torch import nn
 from library.config.ddpm import DdpmConfig
 from library.config.loss import LossConfig
 from library.diffusion.ddpm import Ddpm
-from library.families.sd.adapter_targets import adapter_targets
+from library.families.sd.adapter_targets import CLIP_H_LAYERS, CLIP_L_LAYERS, adapter_targets
 from library.families.sd.family import SdFamily
 from library.families.sd.files import SAMPLING_DEFAULTS, UNSKIPPABLE, SdFiles
 from library.families.sd.latents import sd_latents
@@ -58,7 +58,12 @@ def synthetic_family(
         ),
         latents=sd_latents("random"),
         objective=Ddpm(ddpm or DdpmConfig(), loss or LossConfig()),
-        adapter_targets=adapter_targets(),
+        adapter_targets=adapter_targets(
+            multipliers=sizes.multipliers,
+            attention_levels=sizes.attention_levels,
+            blocks_per_level=sizes.blocks_per_level,
+            clip_layers=CLIP_H_LAYERS if sizes.linear_projections else CLIP_L_LAYERS,
+        ),
         tokenizers=cast(Any, None),
         attention="sdpa",
         mmap=True,
