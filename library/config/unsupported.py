@@ -91,6 +91,7 @@ RENAMED: dict[str, str] = {
     "num_repeats": "dataset_repeats",
     "huber_loss_c": "huber_c",
     "lr": "learning_rate",
+    "learning_rate_te": "text_encoder_lr",
     "epochs": "max_train_epochs",
     "config": "config_file",
 }

@@ -56,26 +56,26 @@ RESOLUTION_STEP = LATENTS.resolution_step
 TRAINING_ONLY = ()
 """Options that do nothing where pictures are made and nothing is trained."""
 
-_FLOW = "it is for models that learn a flow, and this one learns to remove noise. Remove it"
+_FLOW = "it is for models that learn a flow, and this one learns to remove noise"
 _ONE_ENCODER = "this model has one text encoder, CLIP, which lies in the base model. Remove it"
 _ENCODER_DROPOUT = "this model has one text encoder. Use --caption_dropout_rate, or remove it"
 _PADDING = "this model was trained with its text encoder looking at the padding, and has no other way. Remove it"
 _TOKEN_LENGTH = "use --max_token_length 150 or 225 for longer captions, or remove it"
 _UNCONDITIONAL = "a dropped caption is always the encoded empty caption, as the model was trained. Remove it"
 _NO_TABLE = "this model has no table of positions. Remove it"
-_SANA = "it is for Sana. Remove it"
+_SANA = "it is for Sana"
 
 UNSUPPORTED: dict[str, str] = {
-    "weighting_scheme": f"use --min_snr_gamma or --debiased_estimation_loss: {_FLOW}",
-    "timestep_sampling": f"use --min_timestep and --max_timestep: {_FLOW}",
-    "logit_mean": _FLOW,
-    "logit_std": _FLOW,
-    "mode_scale": _FLOW,
-    "sigmoid_scale": _FLOW,
-    "training_shift": _FLOW,
-    "flow_schedule_shift": _FLOW,
-    "flow_schedule_auto_shift": _FLOW,
-    "flow_use_uniform_schedule": _FLOW,
+    "weighting_scheme": f"{_FLOW}. Use --min_snr_gamma or --debiased_estimation_loss, or remove it",
+    "timestep_sampling": f"{_FLOW}. Use --min_timestep and --max_timestep, or remove it",
+    "logit_mean": f"{_FLOW}. Remove it",
+    "logit_std": f"{_FLOW}. Remove it",
+    "mode_scale": f"{_FLOW}. Remove it",
+    "sigmoid_scale": f"{_FLOW}. Remove it",
+    "training_shift": f"{_FLOW}. Remove it",
+    "flow_schedule_shift": f"{_FLOW}. Remove it",
+    "flow_schedule_auto_shift": f"{_FLOW}. Remove it",
+    "flow_use_uniform_schedule": f"{_FLOW}. Remove it",
     "snr_gamma": "use --min_snr_gamma, which is its name here",
     "clip_l": _ONE_ENCODER,
     "clip_g": _ONE_ENCODER,
@@ -99,8 +99,13 @@ UNSUPPORTED: dict[str, str] = {
     "enable_scaled_pos_embed": _NO_TABLE,
     "save_clip": "a full fine-tune writes the text encoder too by --save_parts text_encoders. Remove it",
     "save_t5xxl": "this model has no T5. Remove it",
-    "sana_image_size": f"use resolution in the dataset TOML: {_SANA}",
-    "sana_prompt_prefix": f"use caption_prefix in the dataset TOML: {_SANA}",
+    "sana_image_size": f"{_SANA}. Use resolution in the dataset TOML, or remove it",
+    "sana_prompt_prefix": f"{_SANA}. Use caption_prefix in the dataset TOML, or remove it",
+    # of kohya's scripts for the whole model
+    "stop_text_encoder_training": "a text encoder learns in every step or in none. Use --text_encoder_lr, or remove it",
+    "no_token_padding": "captions are always padded, as the model was trained. Remove it",
+    "diffusers_xformers": "use --xformers, or remove it",
+    "use_safetensors": "files are safetensors unless --save_model_as says otherwise. Remove it",
     "sana_lower_case": "CLIP's tokenizer lower-cases every caption by itself. Remove it",
 }
 """Option of other trainers or families -> the end of ``--name does nothing for sd: ...``."""

@@ -145,8 +145,8 @@ UNSUPPORTED: dict[str, str] = {
     "save_clip": _SAVED_ENCODERS,
     "save_t5xxl": _SAVED_ENCODERS,
     "gemma": "SD3 has no Gemma: CLIP and T5 read the captions. Remove it",
-    "sana_image_size": "use resolution in the dataset TOML: it is for Sana. Remove it",
-    "sana_prompt_prefix": "use caption_prefix in the dataset TOML: it is for Sana. Remove it",
+    "sana_image_size": "it is for Sana. Use resolution in the dataset TOML, or remove it",
+    "sana_prompt_prefix": "it is for Sana. Use caption_prefix in the dataset TOML, or remove it",
     "sana_lower_case": "CLIP's tokenizers lower-case by themselves, and T5 tells capitals apart. Remove it",
     "sana_max_token_length": "use --t5xxl_max_token_length, or remove it",
 }

@@ -23,7 +23,8 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def transformers_encoder():
+    """transformers' own model, with random weights that tell layers apart."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -36,9 +37,18 @@ def encoder():
         bos_token_id=0,
         eos_token_id=2,
     )
+    model = CLIPTextModel(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def encoder(transformers_encoder):
+    """Ours, with the same weights."""
     weights = {
-        f"text_model.{name.removeprefix('text_model.')}": torch.randn_like(value) * 0.3
-        for name, value in CLIPTextModel(config).state_dict().items()
+        f"text_model.{name.removeprefix('text_model.')}": value
+        for name, value in transformers_encoder.state_dict().items()
         if not name.endswith("position_ids")
     }
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
@@ -99,6 +109,30 @@ def test_a_layer_before_the_last_is_followed_by_the_last_norm(places, encoder, l
     finally:
         encoder.text_model.encoder.layers = kept
     assert torch.allclose(context, expected, atol=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("layer", [4, 3, 2])
+@pytest.mark.parametrize(("length", "chunks"), [("75", 1), ("150", 2), ("225", 3)])
+def test_layers_and_chunks_are_those_of_transformers(places, encoder, transformers_encoder, layer, length, chunks):
+    """One chunk and one caption at a time: hidden_states counts the embeddings as 0, and lacks the last norm."""
+    text = strategy(places, layer=layer, max_token_length=length)
+    captions = [LONG, "a red circle", ""]
+    tokens = text.tokenize(captions)
+    context = text.encode({"clip": encoder}, tokens).context
+    assert context.shape == (3, chunks * 75 + 2, 64)
+    for row in range(len(captions)):
+        positions = []
+        for chunk in range(chunks):
+            output = transformers_encoder(tokens.ids[row : row + 1, chunk], output_hidden_states=True)
+            features = norm_of(transformers_encoder)(output.hidden_states[layer])[0]
+            positions += [features[:1]] * (chunk == 0) + [features[1:76]] + [features[76:]] * (chunk == chunks - 1)
+        torch.testing.assert_close(context[row], torch.cat(positions), atol=1e-5, rtol=1e-5)
+
+
+def norm_of(encoder):
+    """transformers' last norm, wherever a version keeps it."""
+    return next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
 
 
 def test_weights_multiply_the_features_of_their_tokens(places, encoder):
