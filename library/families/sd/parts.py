@@ -16,6 +16,12 @@ UNREAD = (
 folders in diffusers' layout 23: so the 24th is left out, and layers are counted alike whatever the file is.
 """
 
+_OLDER_ATTENTION = {
+    f"mid_block.attentions.0.{once}.": f"mid_block.attentions.0.{now}."
+    for once, now in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+}
+"""The first diffusers named the VAE's attention so; the published folders of 1.x and 2.x still have those names."""
+
 COMPONENTS = {
     "denoiser": Component(
         "U-Net",
@@ -47,6 +53,7 @@ COMPONENTS = {
             "diffusers": (r"decoder\.mid_block\.resnets\.0\.norm1\.weight",),
         },
         keep=r"(?:encoder|decoder|quant_conv|post_quant_conv)\.",
+        older=_OLDER_ATTENTION,
     ),
     "clip": Component(
         "text encoder",
