@@ -34,7 +34,7 @@ class Component:
         anchors: Layout -> patterns of tensors that it has and no other part has.
         keep: Pattern of the names, without prefix, that belong to it.
         drop: Pattern of names that some files store beside and that are no weights.
-        older: What parts of its names were called once -> what they are called now.
+        spellings: Patterns of what some files call parts of its names -> what they are called here.
         architectures: How the names of the architectures begin that its file may be called by
             (``library.io.architectures``): what has some of its names but is called otherwise is refused. By default
             any will do.
@@ -51,7 +51,7 @@ class Component:
     anchors: Mapping[str, tuple[str, ...]]
     keep: str
     drop: str = r"(?!)"
-    older: Mapping[str, str] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ("",)
     embedding: str = ""
     marks: str = ""
@@ -118,7 +118,7 @@ def _candidates(component: Component, headers: tuple[Header, ...], title: str) -
     for layout, anchors in component.anchors.items():
         prefixes = [_prefixes(anchor, names) for anchor in anchors]
         for prefix in sorted(set.intersection(*prefixes), key=len):
-            own = {_named_now(component, name.removeprefix(prefix)): name for name in names if name.startswith(prefix)}
+            own = {_spelled(component, name.removeprefix(prefix)): name for name in names if name.startswith(prefix)}
             wanted = {
                 name: stored
                 for name, stored in own.items()
@@ -132,9 +132,9 @@ def _candidates(component: Component, headers: tuple[Header, ...], title: str) -
     return found
 
 
-def _named_now(component: Component, name: str) -> str:
-    for once, now in component.older.items():
-        name = name.replace(once, now)
+def _spelled(component: Component, name: str) -> str:
+    for theirs, ours in component.spellings.items():
+        name = re.sub(theirs, ours, name)
     return name
 
 

@@ -92,6 +92,18 @@ def test_the_names_of_the_first_diffusers(tiny_sd, tmp_path):
     assert theirs.keys() == new.keys() and all(torch.equal(theirs[name], new[name]) for name in new)
 
 
+def test_a_text_encoder_without_its_prefix(tiny_sd, tmp_path):
+    """As transformers 5 writes it into folders, and early web interfaces into single files of 1.x."""
+    paths = [tiny_sd.folder(tmp_path / "model") / "text_encoder" / "model.safetensors"]
+    if not tiny_sd.is_v2:
+        paths.append(tiny_sd.single_file(tmp_path / "model.safetensors"))
+    for path in paths:
+        save_file({name.replace("text_model.", ""): tensor for name, tensor in load_file(path).items()}, path)
+        files = located(tmp_path / "model" if path == paths[0] else path)
+        loaded = load_text_encoder(files.clip, is_v2=files.is_v2, device="cpu", dtype=torch.float32).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny_sd.clip.items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vae_of_its_own(tmp_path, kind):
     shapes = {name: shape for name, shape in everything(kind).items() if not name.startswith("first_stage_model.")}
