@@ -19,6 +19,7 @@ from tests.bad_input.model_cases import FILES
 from tests.bad_input.option_cases import DATASETS, OPTIONS, PROMPTS
 from tests.bad_input.sana_cases import FILES as SANA_FILES
 from tests.bad_input.sana_cases import LATE as SANA_LATE
+from tests.bad_input.sd_cases import FILES as SD_FILES
 from tests.bad_input.workshop import BASE, FLUX, UNET_ONLY, Workshop
 
 ADAPTERS = ("network_weights", "base_weights")
@@ -168,6 +169,11 @@ class TestBeforeTorchIsLoaded:
 @pytest.mark.parametrize(("make", "expected"), cases(SANA_FILES))
 def test_sana(sana_refused, sana_workshop, make, expected):
     check(sana_refused(**make(sana_workshop)), *expected)
+
+
+@pytest.mark.parametrize(("make", "expected"), cases(SD_FILES))
+def test_sd(sd_trainer, files_read, capfd, workshop, make, expected):
+    check(refusing(sd_trainer, files_read, capfd)(**make(workshop)), *expected)
 
 
 @pytest.mark.parametrize(("make", "expected"), cases(SANA_LATE))

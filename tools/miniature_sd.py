@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.families.sd.export import PAD_TOKENS, complete_pipeline, save_folder, save_single
+from library.families.sd.options import LATENTS
 from library.families.sd.unet import UNet, UNetConfig
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -161,6 +162,8 @@ def sd_weights(seed: int, sizes: SdSizes) -> dict[str, Weights]:
     }
     _, log_variance = parts["vae"]["quant_conv.bias"].chunk(2)
     log_variance -= 8  # little noise, as in a trained VAE
+    mean, _ = parts["vae"]["quant_conv.weight"].chunk(2)
+    mean *= 8  # raw latents of the published size, which is about 1 when they are normalised
     return parts
 
 
@@ -175,6 +178,7 @@ _SCALES = (
     ("*position_embedding.weight", 0.2),
     ("denoiser.out.2.weight", 0.5),
     ("vae.decoder.conv_out.weight", 0.5),
+    ("vae.post_quant_conv.weight", LATENTS.scale),
 )
 _TABLES = ("*embedding.weight",)
 

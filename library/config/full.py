@@ -19,14 +19,15 @@ class FullConfig:
 
     train_text_encoder: bool = option(
         False,
-        "Also train the text encoders that can be: SD3's two CLIPs; T5 and Gemma never are. By default only the "
-        "denoiser is trained.",
+        "Also train the text encoders that can be: SD3's two CLIPs and Stable Diffusion 1.x's and 2.x's one; T5 and "
+        "Gemma never are. By default only the denoiser is trained.",
         metadata_key="ss_train_text_encoder",
     )
     save_parts: tuple[str, ...] = option(
         (),
         "What is written beside the trained weights, so that the result works by itself: vae, text_encoders. By "
-        "default nothing: other programs take them from the base model.",
+        "default nothing: other programs take them from the base model. Those for Stable Diffusion 1.x and 2.x expect "
+        "both in the file.",
         choices=PARTS,
         metavar="PART",
     )

@@ -6,7 +6,7 @@ spellings of a file are the same case.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from library.config.errors import ConfigError
 from library.io.architectures import find_architecture, scripts_for
@@ -34,6 +34,7 @@ class Component:
         anchors: Layout -> patterns of tensors that it has and no other part has.
         keep: Pattern of the names, without prefix, that belong to it.
         drop: Pattern of names that some files store beside and that are no weights.
+        spellings: Patterns of what some files call parts of its names -> what they are called here.
         architectures: How the names of the architectures begin that its file may be called by
             (``library.io.architectures``): what has some of its names but is called otherwise is refused. By default
             any will do.
@@ -50,6 +51,7 @@ class Component:
     anchors: Mapping[str, tuple[str, ...]]
     keep: str
     drop: str = r"(?!)"
+    spellings: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ("",)
     embedding: str = ""
     marks: str = ""
@@ -116,7 +118,7 @@ def _candidates(component: Component, headers: tuple[Header, ...], title: str) -
     for layout, anchors in component.anchors.items():
         prefixes = [_prefixes(anchor, names) for anchor in anchors]
         for prefix in sorted(set.intersection(*prefixes), key=len):
-            own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+            own = {_spelled(component, name.removeprefix(prefix)): name for name in names if name.startswith(prefix)}
             wanted = {
                 name: stored
                 for name, stored in own.items()
@@ -128,6 +130,12 @@ def _candidates(component: Component, headers: tuple[Header, ...], title: str) -
             weights = {name: stored for name, stored in wanted.items() if stored not in beside}
             found.append(Part(title, headers, weights, layout, scales, unused))
     return found
+
+
+def _spelled(component: Component, name: str) -> str:
+    for theirs, ours in component.spellings.items():
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 def _prefixes(anchor: str, names: Sequence[str]) -> set[str]:

@@ -1,7 +1,5 @@
 """The parts of Stable Diffusion 1.x and 2.x, and how they are recognised in weights files."""
 
-import re
-
 from library.io.base_model import Layout
 from library.io.components import BASE, OTHER_PARTS, Component
 
@@ -15,6 +13,12 @@ UNREAD = (
 2.x was trained on the features before the last of OpenCLIP ViT-H's 24 layers. Its single files hold all of them, its
 folders in diffusers' layout 23: so the 24th is left out, and layers are counted alike whatever the file is.
 """
+
+_OLDER_ATTENTION = {
+    rf"(mid_block\.attentions\.0)\.{once}\.": rf"\1.{now}."
+    for once, now in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+}
+"""The first diffusers named the VAE's attention so; the published folders of 1.x and 2.x still have those names."""
 
 COMPONENTS = {
     "denoiser": Component(
@@ -47,6 +51,7 @@ COMPONENTS = {
             "diffusers": (r"decoder\.mid_block\.resnets\.0\.norm1\.weight",),
         },
         keep=r"(?:encoder|decoder|quant_conv|post_quant_conv)\.",
+        spellings=_OLDER_ATTENTION,
     ),
     "clip": Component(
         "text encoder",
@@ -55,10 +60,12 @@ COMPONENTS = {
         "CLIP ViT-L (text_model.*, width 768), or OpenCLIP ViT-H (text_model.* or transformer.resblocks.*, width 1024)",
         {
             "single": (r"transformer\.resblocks\.0\.attn\.in_proj_weight",),
-            "diffusers": (re.escape(CLIP_EMBEDDING),),
+            "diffusers": (r"(?:text_model\.|(?<!text_model\.))embeddings\.token_embedding\.weight",),
         },
         keep=r"text_model\.|transformer\.resblocks\.|token_embedding\.|positional_embedding$|ln_final\.",
         drop=UNREAD,
+        # so in folders that transformers 5 wrote, and in files that were merged by early web interfaces
+        spellings={r"^(?=(?:embeddings|encoder|final_layer_norm)\.)": "text_model."},
     ),
 }
 LAYOUT = Layout("Stable Diffusion 1.x and 2.x", "StableDiffusionPipeline", "StableDiffusionPipeline", COMPONENTS)

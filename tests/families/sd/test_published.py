@@ -1,16 +1,19 @@
 """Every tensor of the published 1.x and 2.x is found in every layout, under the names that diffusers expects."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from library.config.model import ModelConfig
-from library.families.sd.checkpoint import check_weights, load_text_encoder
+from library.families.sd.checkpoint import check_weights, load_text_encoder, load_vae
 from library.families.sd.files import describe, locate
-from library.families.sd.options import SdOptions
+from library.families.sd.options import LATENTS, SdOptions
 from library.families.sd.sizes import clip_sizes
 from library.nn.autoencoder_files import diffusers_config
 from library.nn.autoencoder_kl import SD_VAE
-from library.records import LatentFormat
+from tests.families.sd.conftest import TINY_VAE
 from tests.families.sd.published_files import (
     KINDS,
     clip,
@@ -67,6 +70,40 @@ def test_a_folder_in_diffusers_layout(tmp_path, kind):
     assert files.clip.names.keys() == clip(kind).keys() and files.v_prediction is True
 
 
+@pytest.mark.reference
+def test_the_names_of_the_first_diffusers(tiny_sd, tmp_path):
+    """In which the published folders have the VAE's attention; diffusers loads them too."""
+    from diffusers import AutoencoderKL
+
+    folder = tiny_sd.folder(tmp_path / "model")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    new, older = load_file(path), {}
+    for name, tensor in new.items():
+        for now, once in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f"attentions.0.{now}.", f"attentions.0.{once}.")
+        older[name] = tensor
+    assert len(older.keys() - new.keys()) == 16
+    save_file(older, path)
+    files = located(folder)
+    loaded = load_vae(files, device="cpu", dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, tiny_sd.vae[name]) for name, tensor in loaded.items())
+    (folder / "vae" / "config.json").write_text(json.dumps(diffusers_config(TINY_VAE, LATENTS)))
+    theirs = AutoencoderKL.from_pretrained(folder / "vae").state_dict()
+    assert theirs.keys() == new.keys() and all(torch.equal(theirs[name], new[name]) for name in new)
+
+
+def test_a_text_encoder_without_its_prefix(tiny_sd, tmp_path):
+    """As transformers 5 writes it into folders, and early web interfaces into single files of 1.x."""
+    paths = [tiny_sd.folder(tmp_path / "model") / "text_encoder" / "model.safetensors"]
+    if not tiny_sd.is_v2:
+        paths.append(tiny_sd.single_file(tmp_path / "model.safetensors"))
+    for path in paths:
+        save_file({name.replace("text_model.", ""): tensor for name, tensor in load_file(path).items()}, path)
+        files = located(tmp_path / "model" if path == paths[0] else path)
+        loaded = load_text_encoder(files.clip, is_v2=files.is_v2, device="cpu", dtype=torch.float32).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny_sd.clip.items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vae_of_its_own(tmp_path, kind):
     shapes = {name: shape for name, shape in everything(kind).items() if not name.startswith("first_stage_model.")}
@@ -96,8 +133,7 @@ def test_diffusers_own_conversion_finds_the_same_tensors_in_the_single_file(kind
 
     stored = {name: torch.empty(shape, device="meta") for name, shape in everything(kind).items()}
     config = unet_config(CONFIGS[kind], Resolution(512, 512))
-    latents = LatentFormat(channels=4, stride=8, patch=8, scale=0.18215, shift=0.0)
-    vae_config = diffusers_config(SD_VAE, latents)
+    vae_config = diffusers_config(SD_VAE, LATENTS)
     with torch.device("meta"):
         theirs = UNet2DConditionModel.from_config(config), AutoencoderKL.from_config(vae_config)
         encoder = CLIPTextModel(clip_config(kind))
