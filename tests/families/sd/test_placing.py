@@ -11,7 +11,7 @@ from tests.memory.late_transfers import LateTransfers
 from tests.training.test_placing import CopyingStash
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
-C3LIER = {"network_args": ["conv_dim=2"], "max_train_steps": 3}
+C3LIER = {"network_args": ["conv_dim=2"], "max_train_steps": 2}
 STAGES = 16
 
 
@@ -45,14 +45,10 @@ def same(trainer, one, other):
 def test_swapped_and_checkpointed_stages_train_with_the_same_bytes(job):
     assert job("plain") == []
     checkpointing = {"gradient_checkpointing": True}
-    assert job("checkpointed", **checkpointing) == []
-    same(job.trainer, "checkpointed", "plain")
     variants = {
-        "one": {"blocks_to_swap": 1},
-        "most": {"blocks_to_swap": STAGES - 3, **checkpointing},
-        "all": {"blocks_to_swap": STAGES, **checkpointing, "gradient_checkpointing_interval": 2},
-        "offloaded": {"blocks_to_swap": 4, **checkpointing, "cpu_offload_checkpointing": True},
-        "attention kept": {"blocks_to_swap": 2, **checkpointing, "gradient_checkpointing_keep_attention": True},
+        "swapped": {"blocks_to_swap": 1},
+        "checkpointed": {"blocks_to_swap": STAGES, **checkpointing, "cpu_offload_checkpointing": True},
+        "attention kept": {"blocks_to_swap": 5, **checkpointing, "gradient_checkpointing_keep_attention": True},
     }
     for name, options in variants.items():
         (transfers,) = job(name, moved=True, **options)
@@ -65,17 +61,16 @@ def test_a_quantised_base_trains_near_the_plain_one_and_keeps_its_wide_convoluti
 
     job("plain")
     plain = job.trainer.losses("plain")
-    for precision, near in (("int8", 0.01), ("nf4", 0.1)):
-        job(precision, base_model_precision=precision, quantize_via="cpu")
-        losses = job.trainer.losses(precision)
-        assert losses != plain and losses == pytest.approx(plain, rel=near)
+    job("int8", base_model_precision="int8", quantize_via="cpu")
+    losses = job.trainer.losses("int8")
+    assert losses != plain and losses == pytest.approx(plain, rel=0.01)
     job("moved", moved=True, base_model_precision="int8", quantize_via="cpu", blocks_to_swap=5)
     same(job.trainer, "moved", "int8")
 
     def stored(run):
         return quantized_layers(run.denoiser)
 
-    layers = job.trainer.with_run("stored", stored, **CACHED, **C3LIER, base_model_precision="int8")
+    layers = job.trainer.with_run("stored", stored, **CACHED, **C3LIER, base_model_precision="int8", quantize_via="cpu")
     assert any(name.endswith(".proj_in") for name in layers) and any(name.endswith(".to_q") for name in layers)
     wide = (".in_layers.2", ".out_layers.3", ".op", ".conv")
     assert not any(name.endswith(wide) for name in layers)
