@@ -23,12 +23,8 @@ _OTHER_MODELS = {
     ),
     **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), f"{_NO_WAYS}. Remove it"),
     **dict.fromkeys(
-        (
-            *("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim"),
-            *("context_attn_factor", "context_mlp_factor", "context_mod_factor"),
-            *("x_attn_factor", "x_mlp_factor", "x_mod_factor"),
-        ),
-        "it is for the two streams of SD3, which this model hasn't",
+        ("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim"),
+        "it is for the two streams of SD3, which this model hasn't. Remove it",
     ),
     "train_t5xxl": "this model has no T5. Remove it",
     "train_gemma": "this model has no Gemma. Remove it",
@@ -36,7 +32,7 @@ _OTHER_MODELS = {
 """Settings of other models -> why they do nothing where a model doesn't have them."""
 
 _REFUSED = {
-    "split_qkv": "the fused qkv layer takes one update, which at three times the rank can be any three separate ones. "
+    "split_qkv": "a fused qkv layer takes one update, which at three times the rank can be any three separate ones. "
     "Raise the rank (x_attn_dim, context_attn_dim) or remove it",
     "verbose": "what the adapter changes is logged in any case. Remove it",
     **{

@@ -71,7 +71,11 @@ class NetworkConfig:
         "loraplus_text_encoder_lr_ratio; LoKr's factor, decompose_both, full_matrix; and the model's own. SD3 has "
         "context_attn_dim, context_mlp_dim, context_mod_dim, x_attn_dim, x_mlp_dim, x_mod_dim (ranks by type of layer, "
         "0 leaves a type out; for LoKr context_attn_factor and so on too), "
-        "emb_dims=[context,t,x,y,final_mod,final_linear] and train_t5xxl=true.",
+        "emb_dims=[context,t,x,y,final_mod,final_linear] and train_t5xxl=true. Stable Diffusion 1.x and 2.x have "
+        "attn_dim, mlp_dim, emb_dims=[conv_in,time_embedding,conv_out]; conv_dim and conv_alpha add their residual "
+        "blocks; by block they have block_dims, block_alphas, conv_block_dims, conv_block_alphas (a number per block), "
+        "down_lr_weight, mid_lr_weight, up_lr_weight (numbers, or sine, cosine, linear, reverse_linear, zeros, with "
+        "+0.25 to add) and block_lr_zero_threshold.",
         metavar="KEY=VALUE",
     )
     network_weights: str | None = option(

@@ -105,7 +105,7 @@ FILES = {
 LATE = {
     "optimizer argument": (lambda w: {"optimizer_args": "bogus=1"}, "--optimizer_args: AdamW has no argument 'bogus'"),
     "adapter settings": (lambda w: {"network_args": ["atn_dim=1"]}, "unknown name atn_dim; did you mean attn_dim?"),
-    "an adapter setting of SD3": (lambda w: {"network_args": ["x_attn_dim=1"]}, "unknown name x_attn_dim"),
+    "an adapter setting of SD3": (lambda w: {"network_args": ["x_attn_dim=1"]}, "for the two streams of SD3"),
     "adapter blocks": (
         lambda w: {"network_args": ["train_block_indices=9"]}, "names block 9, but denoiser has blocks 0 to 2",
     ),

@@ -26,9 +26,17 @@ from tests.networks.adapter_fixtures import randomise
 pytestmark = pytest.mark.reference
 
 
-@pytest.mark.parametrize("save_format", ["kohya", "diffusers"])
-@pytest.mark.parametrize("arguments", [(), EVERYTHING], ids=["lierla", "everything"])
-@pytest.mark.parametrize("kind", KINDS)
+SAVED = {
+    "sd1-lierla": ("sd1", (), "kohya"),
+    "sd2-lierla": ("sd2", (), "kohya"),
+    "sd1-everything": ("sd1", EVERYTHING, "kohya"),
+    "sd2-everything": ("sd2", EVERYTHING, "kohya"),
+    "sd1-diffusers": ("sd1", EVERYTHING, "diffusers"),
+    "sd2-diffusers": ("sd2", EVERYTHING, "diffusers"),
+}
+
+
+@pytest.mark.parametrize(("kind", "arguments", "save_format"), SAVED.values(), ids=SAVED)
 def test_diffusers_loads_what_we_save(tmp_path, kind, arguments, save_format):
     """kohya's spelling directly, as in its users' notebooks."""
     pytest.importorskip("peft")
@@ -96,16 +104,15 @@ def preset(path, *, convolutions):
 
 
 ALGORITHMS = {
-    "lora": (("algo=lora",), True),
-    "locon": (("algo=locon", "conv_dim=2", "conv_alpha=1"), True),
-    "transformers": (("algo=lora", "preset=attn-mlp"), False),
-    "loha": (("algo=loha",), True),
-    "lokr": (("algo=lokr", "factor=4", "conv_dim=2"), True),
+    "sd1-lora": ("sd1", ("algo=lora",), True),
+    "sd1-locon": ("sd1", ("algo=locon", "conv_dim=2", "conv_alpha=1"), True),
+    "sd2-transformers": ("sd2", ("algo=lora", "preset=attn-mlp"), False),
+    "sd1-loha": ("sd1", ("algo=loha",), True),
+    "sd2-lokr": ("sd2", ("algo=lokr", "factor=4", "conv_dim=2"), True),
 }
 
 
-@pytest.mark.parametrize(("arguments", "convolutions"), ALGORITHMS.values(), ids=ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "arguments", "convolutions"), ALGORITHMS.values(), ids=ALGORITHMS)
 def test_lycoris_names_the_same_layers_with_the_same_sizes_and_loads_the_file(tmp_path, kind, arguments, convolutions):
     kohya = pytest.importorskip("lycoris.kohya")
     roots = models(kind)
