@@ -132,7 +132,7 @@ class SdFamily:
         """The way of diffusers' scheduler of that name, at every resolution."""
         ddpm = self.objective.ddpm
         return ddpm_path(
-            sampler, steps, v_parameterization=ddpm.v_parameterization, zero_terminal_snr=ddpm.zero_terminal_snr
+            sampler, steps, v_parameterization=bool(ddpm.v_parameterization), zero_terminal_snr=ddpm.zero_terminal_snr
         )
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:

@@ -189,8 +189,7 @@ def test_prompts_are_read_as_captions_are(tiny):
     asked = request(steps=2, width=64, prompt="a (cup:1.5) of coffee", negative_prompt="a [dog]")
     plain = draw(family_of(tiny), asked).latents
     pictures = [
-        draw(family_of(tiny, **options), asked).latents
-        for options in ({"weighted_captions": True}, {"clip_skip": 2})
+        draw(family_of(tiny, **options), asked).latents for options in ({"weighted_captions": True}, {"clip_skip": 2})
     ]
     assert all(not torch.allclose(made, plain, atol=1e-3) for made in pictures)
     long = dataclasses.replace(asked, prompt=" ".join(["a cup of coffee"] * 40))
