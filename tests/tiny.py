@@ -1,5 +1,7 @@
 """Sizes of the models that tests train."""
 
+import dataclasses
+
 from tools.miniature_sana import SanaSizes
 from tools.miniature_sd import SdSizes
 from tools.miniature_sd3 import Sd3Sizes
@@ -35,3 +37,5 @@ TINY_SD = SdSizes(
     clip_depth=2,
     vae_widths=(32, 32, 64, 64),
 )
+
+TINY_SD2 = dataclasses.replace(TINY_SD, is_v2=True, width=64)  # a head is 64 wide

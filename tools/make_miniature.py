@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
 from tools.miniature_sana import make_sana
-from tools.miniature_sd import make_sd
+from tools.miniature_sd import VARIANTS, make_sd
 from tools.miniature_sd3 import DTYPES, make_sd3
 
 MAKERS: dict[str, Callable[..., Path]] = {"sd3": make_sd3, "sana": make_sana, "sd": make_sd}
@@ -34,9 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="single",
         help="One file with all parts, as published (single), or a diffusers folder; default: %(default)s.",
     )
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        help="Of sd alone: Stable Diffusion 1.x (sd1, the default), 2.x (sd2), or a 2.x that predicts velocities "
+        "(sd2-v).",
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.variant is not None and chosen.family != "sd":
+        parser.error(f"--variant does nothing for {chosen.family}: only sd has variants. Remove it")
+    own = {} if chosen.variant is None else {"variant": chosen.variant}
     output = chosen.output or Path("miniatures") / chosen.family
-    path = MAKERS[chosen.family](output, seed=chosen.seed, dtype=chosen.dtype, layout=chosen.layout)
+    path = MAKERS[chosen.family](output, seed=chosen.seed, dtype=chosen.dtype, layout=chosen.layout, **own)
     print(f"--pretrained_model_name_or_path {path}")
     return 0
 

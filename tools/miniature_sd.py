@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.families.sd.export import save_single
+from library.families.sd.export import PAD_TOKENS, complete_pipeline, save_folder, save_single
 from library.families.sd.unet import UNet, UNetConfig
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from library.randomness import torch_generator
+from library.records import Resolution
 from tools.miniature_sd3 import DTYPES
-from tools.miniature_tokenizers import CLIP_END, clip_vocabulary_size, write_clip_tokenizer
+from tools.miniature_tokenizers import clip_vocabulary_size, write_clip_tokenizer
 
 FILE_NAME = "sd-miniature.safetensors"
+VARIANTS = ("sd1", "sd2", "sd2-v")
+"""1.x, 2.x, and a 2.x that answers with velocities."""
+
+_V_PREDICTION = ("sd2-v",)
+_NATIVE, _V_NATIVE = Resolution(512, 512), Resolution(768, 768)
 _HEAD_DIM = 64
 _METADATA = {
     "modelspec.title": "Miniature of Stable Diffusion",
@@ -97,7 +103,13 @@ class SdSizes:
 
 
 def make_sd(
-    output: Path, *, seed: int = 0, dtype: str = "fp32", layout: str = "single", sizes: SdSizes | None = None
+    output: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "fp32",
+    layout: str = "single",
+    sizes: SdSizes | None = None,
+    variant: str = "sd1",
 ) -> Path:
     """This writes the miniature; the same arguments give the same bytes.
 
@@ -105,18 +117,27 @@ def make_sd(
         output: The folder, made if missing. The tokenizer lies in it too.
         seed: Of the weights.
         dtype: What the weights are stored as: fp32, fp16 or bf16.
-        layout: ``single`` writes one file with all parts.
-        sizes: How small.
+        layout: ``single`` writes one file with all parts, ``diffusers`` a folder per part.
+        sizes: How small; by default that of the variant.
+        variant: One of ``VARIANTS``. Weights are random: what they predict is only what the files say.
 
     Returns:
         What ``--pretrained_model_name_or_path`` takes: the single file, or ``output``.
     """
-    sizes = sizes or SdSizes()
+    v_prediction = variant in _V_PREDICTION
+    sizes = sizes or SdSizes(is_v2=variant != "sd1")
     output.mkdir(parents=True, exist_ok=True)
-    write_clip_tokenizer(output / "tokenizer", pad_token="!" if sizes.is_v2 else CLIP_END)
+    write_clip_tokenizer(output / "tokenizer", pad_token=PAD_TOKENS[sizes.is_v2])
     parts = sd_weights(seed, sizes)
+    dtypes = dict.fromkeys(parts, DTYPES[dtype])
+    if layout == "diffusers":
+        native = _V_NATIVE if v_prediction else _NATIVE
+        save_folder(parts, sizes.denoiser(), sizes.vae(), output, {}, native=native, dtypes=dtypes)
+        complete_pipeline(output, None, is_v2=sizes.is_v2, v_prediction=v_prediction)
+        return output
     path = output / FILE_NAME
-    save_single(parts, path, _METADATA, is_v2=sizes.is_v2, dtypes=dict.fromkeys(parts, DTYPES[dtype]))
+    said = {"modelspec.prediction_type": "v"} if v_prediction else {}
+    save_single(parts, path, _METADATA | said, is_v2=sizes.is_v2, dtypes=dtypes)
     return path
 
 

@@ -29,12 +29,14 @@ class Architecture(NamedTuple):
         evidence: What gives it away, for people.
         names: Patterns that must all be found in the tensor names, without the denoiser's usual prefixes.
         width: A size that must hold too, or None.
+        family: Name in the registry of the family that it belongs to; empty: of none.
     """
 
     title: str
     evidence: str
     names: tuple[str, ...]
     width: Width | None = None
+    family: str = ""
 
     def __str__(self) -> str:
         return f"{self.title} ({self.evidence})"
@@ -48,16 +50,23 @@ _T5 = r"(?:^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$"
 _LDM_VAE = (r"(?:^|\.)encoder\.conv_in\.weight$", r"(?:^|\.)decoder\.conv_in\.weight$")
 _LATENT_WIDTH = r"(?:^|\.)decoder\.conv_in\.weight$"
 
-ARCHITECTURES: tuple[Architecture, ...] = (
-    # Adapters first: their names contain those of the layers they change.
+SCRIPTS = {
+    "sd3": ("sd3_train_network.py", "sd3_train.py"),
+    "sana": ("sana_train_network.py", "sana_train.py"),
+    "sd": ("train_network.py", "train.py"),
+}
+"""Family -> the scripts that train it."""
+
+_ADAPTERS: tuple[Architecture, ...] = (
     Architecture("a LoRA in kohya's spelling", "*.lora_down.weight", (r"^lora_\w+\.lora_down\.weight$",)),
     Architecture("a LyCORIS adapter", "*.lokr_w1, *.hada_w1_a", (r"\.(?:lokr_w1|hada_w1|oft_blocks|oft_diag)",)),
     Architecture("a LoRA in diffusers' spelling", "*.lora_A.weight", (r"\.lora_A\.(?:default\.)?weight$",)),
     Architecture("a LoRA in diffusers' older spelling", "*.lora.down.weight", (r"lora\.down\.weight$",)),
     Architecture("a ControlNet", "control_model.*", (r"^control_model\.",)),
     Architecture("a ControlNet", "controlnet_blocks.*", (r"^(?:controlnet_blocks|controlnet_down_blocks)\.",)),
-    # Denoisers.
-    Architecture("SD3", "joint_blocks.*", (r"^joint_blocks\.0\.",)),
+)
+_DENOISERS: tuple[Architecture, ...] = (
+    Architecture("SD3", "joint_blocks.*", (r"^joint_blocks\.0\.",), family="sd3"),
     Architecture("Chroma", "distilled_guidance_layer.*", (r"^distilled_guidance_layer\.",)),
     Architecture("HunyuanVideo", "double_blocks.*.img_attn_qkv", (r"^double_blocks\.0\.img_attn_qkv\.",)),
     Architecture("FLUX", "double_blocks.*", (r"^double_blocks\.0\.",)),
@@ -70,11 +79,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "SD3 in diffusers' spelling",
         "transformer_blocks.*.norm1_context",
         (r"^transformer_blocks\.0\.norm1_context\.", r"^transformer_blocks\.0\.attn\.add_q_proj\."),
+        family="sd3",
     ),
     Architecture(
         "Sana Sprint", "cfg_embedder.*", (r"^cfg_embedder\.", r"^blocks\.0\.mlp\.inverted_conv\.conv\.weight$")
     ),
-    Architecture("Sana", "blocks.*.mlp.inverted_conv", (r"^blocks\.0\.mlp\.inverted_conv\.conv\.weight$",)),
+    Architecture(
+        "Sana", "blocks.*.mlp.inverted_conv", (r"^blocks\.0\.mlp\.inverted_conv\.conv\.weight$",), family="sana"
+    ),
     Architecture(
         "Sana Sprint in diffusers' spelling",
         "time_embed.guidance_embedder",
@@ -84,6 +96,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "Sana in diffusers' spelling",
         "transformer_blocks.*.ff.conv_inverted",
         (r"^transformer_blocks\.0\.ff\.conv_inverted\.",),
+        family="sana",
     ),
     Architecture("Hunyuan-DiT", "text_embedding_padding", (r"^text_embedding_padding$",)),
     Architecture("PixArt", "y_embedder.y_proj.*", (r"^y_embedder\.y_proj\.fc1\.weight$", r"^t_block\.1\.weight$")),
@@ -102,10 +115,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "SDXL refiner", "input_blocks.*, label_emb", (r"^input_blocks\.",), Width(r"^label_emb\.0\.0\.weight$", 1, 2560)
     ),
+    Architecture(
+        "unCLIP of SD2.x",
+        "input_blocks.*, label_emb",
+        (r"^input_blocks\.", r"^label_emb\.0\.0\.weight$"),
+        Width(_UNET, 1, 1024),
+    ),
     Architecture("SDXL", "input_blocks.*, label_emb", (r"^input_blocks\.", r"^label_emb\.0\.0\.weight$")),
-    Architecture("SD2.x", "input_blocks.*", (r"^input_blocks\.",), Width(_UNET, 1, 1024)),
-    Architecture("SD1.x", "input_blocks.*", (r"^input_blocks\.",), Width(_UNET, 1, 768)),
-    Architecture("SD of no published size", "input_blocks.*", (_UNET, r"^out\.2\.weight$")),
+    Architecture("the upscaler of SD2.x", "input_blocks.*, label_emb", (r"^input_blocks\.", r"^label_emb\.weight$")),
+    Architecture("SD2.x", "input_blocks.*", (r"^input_blocks\.",), Width(_UNET, 1, 1024), "sd"),
+    Architecture("SD1.x", "input_blocks.*", (r"^input_blocks\.",), Width(_UNET, 1, 768), "sd"),
+    Architecture("SD of no published size", "input_blocks.*", (_UNET, r"^out\.2\.weight$"), family="sd"),
     Architecture(
         "SDXL refiner in diffusers' spelling",
         "down_blocks.*, add_embedding",
@@ -118,12 +138,29 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         (r"^down_blocks\.", r"^add_embedding\.linear_1\.weight$"),
     ),
     Architecture(
-        "SD2.x in diffusers' spelling", "down_blocks.*", (r"^down_blocks\.",), Width(_UNET_DIFFUSERS, 1, 1024)
+        "unCLIP of SD2.x in diffusers' spelling",
+        "down_blocks.*, class_embedding",
+        (r"^down_blocks\.", r"^class_embedding\.linear_1\.weight$"),
     ),
-    Architecture("SD1.x in diffusers' spelling", "down_blocks.*", (r"^down_blocks\.",), Width(_UNET_DIFFUSERS, 1, 768)),
     Architecture(
-        "SD of no published size, in diffusers' spelling", "down_blocks.*", (_UNET_DIFFUSERS, r"^conv_out\.weight$")
+        "the upscaler of SD2.x in diffusers' spelling",
+        "down_blocks.*, class_embedding",
+        (r"^down_blocks\.", r"^class_embedding\.weight$"),
     ),
+    Architecture(
+        "SD2.x in diffusers' spelling", "down_blocks.*", (r"^down_blocks\.",), Width(_UNET_DIFFUSERS, 1, 1024), "sd"
+    ),
+    Architecture(
+        "SD1.x in diffusers' spelling", "down_blocks.*", (r"^down_blocks\.",), Width(_UNET_DIFFUSERS, 1, 768), "sd"
+    ),
+    Architecture(
+        "SD of no published size, in diffusers' spelling",
+        "down_blocks.*",
+        (_UNET_DIFFUSERS, r"^conv_out\.weight$"),
+        family="sd",
+    ),
+)
+_OTHER_PARTS: tuple[Architecture, ...] = (
     # Text encoders.
     Architecture("T5-XXL", "encoder.block.*", (_T5,), Width(_T5, 1, 4096)),
     Architecture("a T5", "encoder.block.*", (_T5,)),
@@ -149,7 +186,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("a VAE", "encoder.*, decoder.*", (r"(?:^|\.)encoder\.conv\w*\.", r"(?:^|\.)decoder\.conv\w*\.")),
     Architecture("a VAE", "first_stage_model.*", (r"^first_stage_model\.",)),
 )
-"""In order of preference: a file with a denoiser and encoders inside is called by its denoiser."""
+ARCHITECTURES = (*_ADAPTERS, *_DENOISERS, *_OTHER_PARTS)
+"""In order of preference: adapters have the names of layers that they change, and a file with a denoiser and encoders
+inside is called by its denoiser."""
 
 
 def find_architecture(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Architecture | None:
@@ -181,6 +220,19 @@ def identify(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None 
     """
     found = find_architecture(names, shapes)
     return None if found is None else str(found)
+
+
+def scripts_for(found: Architecture | None) -> str:
+    """What a message about a wrong base model ends with: which scripts train it; empty where it is no denoiser.
+
+    Args:
+        found: From ``find_architecture``.
+    """
+    if found is None or found not in _DENOISERS:
+        return ""
+    if found.family:
+        return f"; it is for {' and '.join(SCRIPTS[found.family])}"
+    return "; no script here is for it"
 
 
 def _has_width(width: Width, stored: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> bool:

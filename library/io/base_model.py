@@ -7,13 +7,33 @@ from pathlib import Path
 
 from library.config.documents import read_json
 from library.config.errors import ConfigError
+from library.io.architectures import Architecture, find_architecture, scripts_for
 from library.io.components import BASE, Component, find_part, require_part
 from library.io.header import Header
 from library.io.parts import Part, read_weights
 from library.io.pickles import SUFFIXES as PICKLE_SUFFIXES
 
 DENOISER = "denoiser"
+_DENOISER_FOLDERS = ("transformer", "unet")
 _WEIGHTS_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
+
+
+def denoiser_architecture(path: Path) -> Architecture | None:
+    """This recognises a base model by its denoiser's tensors, from headers alone.
+
+    Args:
+        path: A weights file, or a folder in diffusers' layout.
+
+    Returns:
+        None where it is unknown or can't be read.
+    """
+    inside = (path / folder for folder in _DENOISER_FOLDERS)
+    try:
+        headers = read_weights(next((folder for folder in inside if folder.is_dir()), path))
+    except ConfigError:
+        return None
+    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
+    return find_architecture(shapes, shapes)
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,8 @@ class Layout:
                     base = None  # of another model: what else it holds doesn't matter
                 continue
             if name not in parts and name not in self.optional and base is not None:
-                wrong.append(f"no {component.title}: {base.lacks(component)}; add {component.option}")
+                add = "name one that has it" if component.option == BASE else f"add {component.option}"
+                wrong.append(f"no {component.title}: {base.lacks(component)}; {add}")
         return parts, wrong
 
     def _open(self, path: str | None, wrong: list[str]) -> "_Base | None":
@@ -118,5 +139,7 @@ class _Base:
         except (ConfigError, KeyError, TypeError):
             kind = None
         if kind is not None and not str(kind).startswith(self.layout.pipelines):
-            return f"{self.path} is a folder of {kind}, expected one of {self.layout.pipeline}"
-        return f"{self.path} has no folder transformer, where diffusers keeps {self.layout.title}'s denoiser"
+            remedy = scripts_for(denoiser_architecture(self.path))
+            return f"{self.path} is a folder of {kind}, expected one of {self.layout.pipeline}{remedy}"
+        folder = self.layout.components[DENOISER].folder
+        return f"{self.path} has no folder {folder}, where diffusers keeps {self.layout.title}'s denoiser"

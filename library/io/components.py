@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
-from library.io.architectures import identify
+from library.io.architectures import find_architecture, scripts_for
 from library.io.header import Header
 from library.io.parts import Part
 from library.io.scaled_fp8 import ACTIVATION_SCALES, find_scales, is_beside, refuse_other_scales
@@ -90,20 +90,21 @@ def require_part(
     """
     found = _candidates(component, headers, title)
     shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
-    looks_like = identify(shapes, shapes)
-    if looks_like is not None and not looks_like.startswith(component.architectures):
+    looks_like = find_architecture(shapes, shapes)
+    if looks_like is not None and not looks_like.title.startswith(component.architectures):
         found = []  # a ControlNet and a LoRA have some of a denoiser's names
     if len(found) == 1 and component.width is not None:
         width = found[0].shapes[component.embedding][-1]
         if any(width == other.width for other in others if other.title != component.title):
-            looks_like = identify(found[0].shapes, found[0].shapes)
+            looks_like = find_architecture(found[0].shapes, found[0].shapes)
             found = []
     part = found[0] if len(found) == 1 else _chosen(component, found)
     if part is None:
         seen = (
             f"looks like {looks_like}" if looks_like else f"is not known (it holds {', '.join(list(shapes)[:3])}, ...)"
         )
-        raise ConfigError(f"{title} {seen}, expected {component.expected}")
+        remedy = scripts_for(looks_like) if component.option == BASE else ""
+        raise ConfigError(f"{title} {seen}, expected {component.expected}{remedy}")
     _refuse_unusable(part)
     return part
 

@@ -19,8 +19,7 @@ from library.config.options import DEFAULT, Option, options_of
 from library.config.paths import folder_problem
 from library.config.sampling import binning_table, skip_layer_problems
 from library.families import FAMILIES, family_files, family_options
-from library.io.architectures import find_architecture
-from library.io.parts import read_weights
+from library.io.base_model import denoiser_architecture
 from library.records import ModelDescription
 from library.sampling.prompt_files import read_entries
 from library.sampling.prompts import PromptRequest, SizeRules, make_requests
@@ -241,24 +240,12 @@ def picture_requests(
 def _family_name(known: CommandLine) -> str:
     """The family that was named, or that the base model's tensor names belong to.
 
-    An architecture's title starts with its family's name. What isn't recognised is left to the first family's checks,
-    which say what the file is.
+    What isn't recognised is left to the first family's checks, which say what the file is.
     """
     named, path = known.groups["generate"].family, known.groups["model"].pretrained_model_name_or_path
     if named is not None and named not in FAMILIES:
         raise ConfigError(f"--family: expected one of {', '.join(FAMILIES)}, got {named!r}")
     if named is not None or path is None:
         return named or next(iter(FAMILIES))
-    found = _architecture_title(Path(path)).split()[0].lower()
-    return found if found in FAMILIES else next(iter(FAMILIES))
-
-
-def _architecture_title(path: Path) -> str:
-    folder = path / "transformer"  # a pipeline in diffusers' layout keeps the denoiser there
-    try:
-        headers = read_weights(folder if folder.is_dir() else path)
-    except ConfigError:
-        return "unreadable"
-    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
-    architecture = find_architecture(shapes, shapes)
-    return "unknown" if architecture is None else architecture.title
+    found = denoiser_architecture(Path(path))
+    return found.family if found is not None and found.family else next(iter(FAMILIES))

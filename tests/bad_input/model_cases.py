@@ -8,10 +8,22 @@ from tests.bad_input.workshop import BASE, FLUX, LORA, SD1, SDXL, Trap, scaled, 
 from tests.families.sd3.published_files import everything, published
 
 FILES = {
-    "FLUX": (lambda w: {BASE: w.sparse(FLUX)}, "model.safetensors looks like FLUX (double_blocks.*), expected SD3"),
-    "SDXL": (lambda w: {BASE: w.sparse(SDXL)}, "model.safetensors looks like SDXL (input_blocks.*, label_emb)"),
-    "SD1": (lambda w: {BASE: w.sparse(SD1)}, "model.safetensors looks like SD1.x (input_blocks.*)"),
-    "Sana": (lambda w: {BASE: w.sparse(published("sana_600M_P1_D28"))}, "looks like Sana"),
+    "FLUX": (
+        lambda w: {BASE: w.sparse(FLUX)},
+        "model.safetensors looks like FLUX (double_blocks.*), expected SD3 (joint_blocks.*); no script here is for it",
+    ),
+    "SDXL": (
+        lambda w: {BASE: w.sparse(SDXL)},
+        "looks like SDXL (input_blocks.*, label_emb), expected SD3 (joint_blocks.*); no script here is for it",
+    ),
+    "SD1": (
+        lambda w: {BASE: w.sparse(SD1)},
+        "looks like SD1.x (input_blocks.*), expected SD3 (joint_blocks.*); it is for train_network.py and train.py",
+    ),
+    "Sana": (
+        lambda w: {BASE: w.sparse(published("sana_600M_P1_D28"))},
+        "; it is for sana_train_network.py and sana_train.py",
+    ),
     "a LoRA as model": (lambda w: {BASE: w.sparse(LORA)}, "looks like a LoRA in kohya's spelling"),
     "unknown tensors": (lambda w: {BASE: w.sparse({"a": (2,)})}, "is not known (it holds a, ...), expected SD3"),
     "text": (lambda w: {BASE: w.file("no model, but words")}, "file.safetensors is not a safetensors file"),

@@ -1,7 +1,7 @@
 """Wrong inputs for Sana: name -> how to make them, then one text per line that is printed."""
 
 from library.io.header import read_header
-from tests.bad_input.workshop import BASE, FLUX
+from tests.bad_input.workshop import BASE, FLUX, SD1
 from tests.families.sana.published_files import published as sana
 from tests.families.sana.published_files import write_sparse, write_sparse_folder
 from tests.families.sd3.published_files import everything
@@ -29,6 +29,7 @@ def _pipeline_of_sprint(w):
 
 FILES = {
     "SD3": (lambda w: {BASE: w.sparse(everything("medium"))}, "looks like SD3 (joint_blocks.*), expected Sana"),
+    "SD1": (lambda w: {BASE: w.sparse(SD1)}, "; it is for train_network.py and train.py"),
     "SD3 with Sana's other parts": (
         lambda w: _sparse_sana(w, sd3("medium")), "looks like SD3 (joint_blocks.*), expected Sana",
     ),

@@ -40,7 +40,7 @@ from networks.settings import AdapterSettings
 from tools.make_miniature import MAKERS
 
 CPU = {"device": "cpu", "dtype": torch.float32}
-CAPTIONS = ["A red circle on a blue table, by night", "a cat", "", "two dogs"]
+CAPTIONS = ["A red circle on a (blue table:1.3), by night", "a cat", "", "two dogs"]
 KEYS = tuple(f"set/{i}.png" for i in range(32))
 FIRST = (0,) * len(KEYS)
 
@@ -335,7 +335,7 @@ def varied(name: str) -> list[dict[str, Any]]:
         if option.choices:
             made.append({option.name: next(choice for choice in option.choices if choice != option.default)})
         elif option.kind is bool:
-            made.append({option.name: not option.default})
+            made.append({option.name: option.default is False})
         elif option.kind is float:
             made.append({option.name: 0.5 if option.default != 0.5 else 0.25})
         elif option.kind is int and option.default is not None:

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from library.io.architectures import ARCHITECTURES, find_architecture, identify
+from library.cli import Script
+from library.families import FAMILIES
+from library.io.architectures import ARCHITECTURES, SCRIPTS, find_architecture, identify, scripts_for
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 
@@ -29,6 +31,34 @@ MODELS = [
         {
             "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
             "model.diffusion_model.label_emb.0.0.weight": (1536, 2560),
+        },
+    ),
+    (
+        "unCLIP of SD2.x (input_blocks.*, label_emb)",
+        {
+            "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+            "model.diffusion_model.label_emb.0.0.weight": (1280, 2048),
+        },
+    ),
+    (
+        "unCLIP of SD2.x in diffusers' spelling (down_blocks.*, class_embedding)",
+        {
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+            "class_embedding.linear_1.weight": (1280, 2048),
+        },
+    ),
+    (
+        "the upscaler of SD2.x (input_blocks.*, label_emb)",
+        {
+            "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (512, 1024),
+            "model.diffusion_model.label_emb.weight": (1000, 1024),
+        },
+    ),
+    (
+        "the upscaler of SD2.x in diffusers' spelling (down_blocks.*, class_embedding)",
+        {
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (512, 1024),
+            "class_embedding.weight": (1000, 1024),
         },
     ),
     (
@@ -177,6 +207,20 @@ def test_what_is_not_known_is_not_guessed():
     width_decides = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     assert identify([width_decides]) is None
     assert find_architecture([width_decides], {width_decides: (320, 768)}).title == "SD1.x"
+
+
+def test_scripts_are_those_of_the_registry():
+    assert {row.family for row in ARCHITECTURES} == {*FAMILIES, ""}
+    scripts = {name: tuple(f"{Script(name, network).name}.py" for network in (True, False)) for name in FAMILIES}
+    assert scripts == SCRIPTS
+
+
+def test_only_denoisers_have_scripts():
+    assert scripts_for(None) == scripts_for(find_architecture(published("clip_l"), published("clip_l"))) == ""
+    assert (
+        scripts_for(find_architecture(published("SD3-medium"))) == "; it is for sd3_train_network.py and sd3_train.py"
+    )
+    assert scripts_for(find_architecture(["double_blocks.0.x"])) == "; no script here is for it"
 
 
 def test_every_row_says_what_gives_the_model_away():

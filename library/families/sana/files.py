@@ -3,16 +3,15 @@
 A part that the user names wins over the one inside the base model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.config.model import ModelConfig
 from library.families.sana.options import LATENTS, NO_PREFIX, SanaOptions
-from library.families.sana.parts import COMPONENTS, LAYOUT
+from library.families.sana.parts import LAYOUT
 from library.families.sana.sizes import (
     DenoiserSizes,
     count_parameters,
@@ -22,6 +21,7 @@ from library.families.sana.sizes import (
     image_size,
     vae_sizes,
 )
+from library.families.searching import Search, search
 from library.io.parts import Part
 from library.records import ModelDescription, Resolution, SamplingDefaults
 
@@ -55,7 +55,7 @@ def problems(model: ModelConfig, options: SanaOptions) -> list[str]:
         model: The base model and the VAE.
         options: The text encoder and the prefix.
     """
-    return _search(model, options)[1]
+    return _searched(model, options).wrong
 
 
 def locate(model: ModelConfig, options: SanaOptions) -> SanaFiles:
@@ -68,9 +68,7 @@ def locate(model: ModelConfig, options: SanaOptions) -> SanaFiles:
     Raises:
         ConfigError: What ``problems`` returns, if anything.
     """
-    parts, wrong = _search(model, options)
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    parts = _searched(model, options).checked()
     return SanaFiles(parts["denoiser"], parts["vae"], parts["gemma"])
 
 
@@ -126,18 +124,15 @@ def published_shift(sizes: DenoiserSizes, side: int) -> float:
     return _SMALL_SHIFT if small and side == 1024 else _SHIFT
 
 
-def _search(model: ModelConfig, options: SanaOptions) -> tuple[dict[str, Part], list[str]]:
+def _searched(model: ModelConfig, options: SanaOptions) -> Search:
     """All parts that can be found, and all that is wrong."""
-    named = {"vae": model.vae, "gemma": options.gemma}
-    parts, wrong = LAYOUT.search(model.pretrained_model_name_or_path, named)
-    wrong += _misfits(parts, named)
+    found = search(LAYOUT, _READERS, model, {"vae": model.vae, "gemma": options.gemma})
+    found.wrong.extend(_misfits(found))
     try:
         read_prefix(options)
     except ConfigError as error:
-        wrong.append(str(error))
-    if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
-        wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
-    return parts, wrong
+        found.wrong.append(str(error))
+    return found
 
 
 def read_prefix(options: SanaOptions) -> str | None:
@@ -168,27 +163,16 @@ def read_prefix(options: SanaOptions) -> str | None:
     return text
 
 
-def _misfits(parts: Mapping[str, Part], named: Mapping[str, str | None]) -> list[str]:
-    """What is wrong inside the parts, and between them."""
-    wrong: list[str] = []
-    sizes: dict[str, Any] = {}
-    for name, part in parts.items():
-        try:
-            sizes[name] = _READERS[name](part)
-        except ConfigError as error:
-            wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
-
-    def at(name: str) -> str:
-        return f"{COMPONENTS[name].option}: {parts[name].title}" if named.get(name) else parts[name].title
-
+def _misfits(found: Search) -> Iterator[str]:
+    """What is wrong between the parts."""
+    sizes = found.sizes
     if "denoiser" not in sizes:
-        return wrong
+        return
     denoiser: DenoiserSizes = sizes["denoiser"]
     if (vae := sizes.get("vae")) and (vae.latent_channels, vae.stride) != (denoiser.in_channels, LATENTS.stride):
-        wrong.append(
-            f"{at('vae')} is a DC-AE with {vae.latent_channels} channels that compresses {vae.stride} times; the "
+        yield (
+            f"{found.at('vae')} is a DC-AE with {vae.latent_channels} channels that compresses {vae.stride} times; the "
             f"denoiser takes {denoiser.in_channels} channels of {LATENTS.stride} times"
         )
     if (gemma := sizes.get("gemma")) and gemma.width != denoiser.context_width:
-        wrong.append(f"{at('gemma')} is a Gemma of width {gemma.width}; the denoiser takes {denoiser.context_width}")
-    return wrong
+        yield f"{found.at('gemma')} is a Gemma of width {gemma.width}; the denoiser takes {denoiser.context_width}"

@@ -15,6 +15,7 @@ from library.io.part_loading import fill
 from library.io.parts import Part
 from library.io.safetensors import LazyTensors
 from library.nn.attention import AttentionFunction, attention_function
+from library.nn.autoencoder_files import autoencoder_config, load_autoencoder
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from library.text_encoders.clip import load_clip
 from library.text_encoders.open_clip import open_clip_key_maps
@@ -27,7 +28,7 @@ def read_unet_config(files: SdFiles) -> UNetConfig:
 
 def read_vae_config(files: SdFiles) -> AutoencoderKLConfig:
     """This reads the VAE's sizes from its tensors' names and shapes."""
-    return AutoencoderKLConfig(**dataclasses.asdict(vae_sizes(files.vae)))
+    return autoencoder_config(vae_sizes(files.vae))
 
 
 def load_unet(
@@ -61,10 +62,7 @@ def load_unet(
 
 def load_vae(files: SdFiles, *, device: torch.device | str, dtype: torch.dtype, mmap: bool = True) -> AutoencoderKL:
     """This builds the VAE and streams its weights in; see ``load_unet``."""
-    with torch.device("meta"):
-        vae = AutoencoderKL(read_vae_config(files))
-    fill(vae, files.vae, vae_sizes(files.vae).key_maps, device=device, dtype=dtype, mmap=mmap)
-    return vae.eval().requires_grad_(False)
+    return load_autoencoder(files.vae, vae_sizes(files.vae), device=device, dtype=dtype, mmap=mmap)
 
 
 def load_text_encoder(
@@ -83,14 +81,19 @@ def load_text_encoder(
         The encoder, frozen, in eval mode.
     """
     read_to = "meta" if torch.device(device).type == "meta" else "cpu"
-    shapes = {name: tuple(tensor.shape) for name, tensor in _named(part, LazyTensors(part, device="meta"))}
-    tensors = _named(part, LazyTensors(part, device=read_to, mmap=mmap))
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_as_module(part, LazyTensors(part, device="meta"))}
+    tensors = named_as_module(part, LazyTensors(part, device=read_to, mmap=mmap))
     activation = "gelu" if is_v2 else "quick_gelu"
     return load_clip(tensors, shapes, activation=activation, device=device, dtype=dtype, source=part.title)
 
 
-def _named(part: Part, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """The tensors under the names of transformers."""
+def named_as_module(part: Part, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """A text encoder's tensors under the names of transformers.
+
+    Args:
+        part: The text encoder.
+        tensors: By the part's own names.
+    """
     if part.layout == "single":
         return to_diffusers(tensors, open_clip_key_maps(depth=clip_sizes(part).depth))
     return tensors.items()

@@ -11,23 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from library.config.errors import ConfigError
+from library.config.full import PARTS
 from library.diffusion.ddpm import Ddpm, timestep_of
 from library.diffusion.ddpm_path import DdpmPath, ddpm_path
 from library.families.protocols import Modulation
 from library.families.sd.adapter_targets import adapter_targets
-from library.families.sd.checkpoint import check_weights, load_text_encoder, load_unet, load_vae, read_unet_config
-from library.families.sd.export import save_single
+from library.families.sd.checkpoint import (
+    check_weights,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    read_unet_config,
+    read_vae_config,
+)
+from library.families.sd.export import base_weights, complete_pipeline, kept_beside, save_folder, save_single
 from library.families.sd.files import UNSKIPPABLE, SdFiles, describe, locate
-from library.families.sd.latents import SdLatentStrategy
+from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
 from library.families.sd.predictions import own_prediction
-from library.families.sd.sizes import unet_sizes, used_layers
+from library.families.sd.sizes import clip_sizes, unet_sizes
 from library.families.sd.text import SdText, SdTextStrategy
-from library.families.sd.tokenizers import load_tokenizer
+from library.families.sd.tokenizers import load_tokenizer, tokenizer_folder
 from library.families.sd.unet import UNetConfig
 from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import number_count, part_identity
 from library.nn.attention import AttentionShape, attention_function
+from library.nn.autoencoder_latents import AutoencoderLatents
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
@@ -55,7 +64,7 @@ class SdFamily:
     options: SdOptions
     denoiser: UNetConfig
     description: ModelDescription
-    latents: SdLatentStrategy
+    latents: AutoencoderLatents
     objective: Ddpm
     adapter_targets: Mapping[str, AdapterTargets]
     tokenizers: TokenizerPlaces
@@ -72,7 +81,7 @@ class SdFamily:
         """The strategy with the tokenizer loaded."""
         is_v2 = self.files.is_v2
         tokenizer = load_tokenizer(self.tokenizers, self.options, is_v2=is_v2)
-        layer = used_layers(self.files.clip) + 1 - (self.options.clip_skip or 1)
+        layer = clip_sizes(self.files.clip).depth + 1 - (self.options.clip_skip or 1)
         return SdTextStrategy(tokenizer, layer, part_identity(self.files.clip))
 
     def load_text_encoders(
@@ -161,7 +170,25 @@ class SdFamily:
         dtype: torch.dtype | None,
     ) -> None:
         """The trained components as a single file, or in a folder in diffusers' layout."""
-        save_single(trained, path, metadata, is_v2=self.files.is_v2, dtypes=dict.fromkeys(trained, dtype))
+        files, ddpm = self.files, self.objective.ddpm
+        weights = {**base_weights(files, parts), **trained}
+        # the products of fp8 numbers and their scales are in fp32, which none of them needs
+        widened = {name for name, part in (("vae", files.vae), ("clip", files.clip)) if part.scales}
+        dtypes = {name: dtype if name in trained else torch.bfloat16 if name in widened else None for name in weights}
+        if layout != "diffusers":
+            beside = kept_beside(files.clip)
+            save_single(weights, path, metadata, is_v2=files.is_v2, dtypes=dtypes, beside=beside)
+            return
+        native = self.description.native_resolution
+        save_folder(weights, self.denoiser, read_vae_config(files), path, metadata, native=native, dtypes=dtypes)
+        if set(parts) == set(PARTS):
+            complete_pipeline(
+                path,
+                tokenizer_folder(self.tokenizers),
+                is_v2=files.is_v2,
+                v_prediction=bool(ddpm.v_parameterization),
+                zero_terminal_snr=ddpm.zero_terminal_snr,
+            )
 
 
 def create(config: Any) -> SdFamily:
@@ -183,7 +210,7 @@ def create(config: Any) -> SdFamily:
         options=options,
         denoiser=read_unet_config(files),
         description=describe(files, options, v_prediction=velocity),
-        latents=SdLatentStrategy(part_identity(files.vae)),
+        latents=sd_latents(part_identity(files.vae)),
         objective=Ddpm(dataclasses.replace(config.ddpm, v_parameterization=velocity), config.loss),
         adapter_targets=adapter_targets(),
         tokenizers=tokenizer_places(model),

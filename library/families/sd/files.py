@@ -12,9 +12,10 @@ from library.config.full import PARTS
 from library.config.model import ModelConfig
 from library.config.samplers import DDPM_SAMPLERS
 from library.families.sd.options import SdOptions
-from library.families.sd.parts import COMPONENTS, LAYOUT
+from library.families.sd.parts import LAYOUT
 from library.families.sd.predictions import prediction_defaults, specification
-from library.families.sd.sizes import UNetSizes, clip_sizes, unet_sizes, used_layers, vae_sizes
+from library.families.sd.sizes import UNetSizes, clip_sizes, unet_sizes, vae_sizes
+from library.families.searching import Search, base_folder, search
 from library.io.parts import Part
 from library.records import ModelDescription, Resolution, SamplingDefaults
 
@@ -24,7 +25,10 @@ _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": unet_sizes, "vae": 
 _NATIVE_SIDE, _V_NATIVE_SIDE = 512, 768
 _FIRST_ARCHITECTURE = "stable-diffusion-v1"
 _ARCHITECTURE, _V_ARCHITECTURE = "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"
-_PREDICTIONS = {"epsilon": False, "v_prediction": True}
+_PREDICTIONS = {"epsilon": False, "v_prediction": True, "v": True}
+"""What is said of the prediction: by diffusers' schedules, and by sai_model_spec, which says ``v``."""
+
+_V_MARKER = "v_pred"
 
 UNSKIPPABLE = "its stages change the size or the number of the features that pass through them"
 """Why none of them can be left out of the U-Net."""
@@ -58,7 +62,7 @@ def problems(model: ModelConfig, options: SdOptions) -> list[str]:
         model: The base model and the VAE.
         options: Of the family.
     """
-    return _search(model, options)[1]
+    return _searched(model, options).wrong
 
 
 def locate(model: ModelConfig, options: SdOptions) -> SdFiles:
@@ -71,16 +75,13 @@ def locate(model: ModelConfig, options: SdOptions) -> SdFiles:
     Raises:
         ConfigError: What ``problems`` returns, if anything.
     """
-    parts, wrong = _search(model, options)
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    base = Path(str(model.pretrained_model_name_or_path))
+    parts = _searched(model, options).checked()
     return SdFiles(
         denoiser=parts["denoiser"],
         vae=parts["vae"],
         clip=parts["clip"],
         is_v2=unet_sizes(parts["denoiser"]).is_v2,
-        v_prediction=_stored_prediction(base) if LAYOUT.is_folder(base) else None,
+        v_prediction=_stored_prediction(parts["denoiser"], base_folder(LAYOUT, model)),
     )
 
 
@@ -136,35 +137,36 @@ def _numbers(part: Part) -> int:
     return sum(math.prod(shape) for shape in part.shapes.values())
 
 
-def _stored_prediction(folder: Path) -> bool | None:
-    """Whether a folder's schedule is for velocities; None: it doesn't say."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        return _PREDICTIONS.get(read_json(path)["prediction_type"])
-    except (ConfigError, KeyError, TypeError):
-        return None
+def _stored_prediction(denoiser: Part, folder: Path | None) -> bool | None:
+    """Whether the model predicts velocities; None: the files don't say.
 
-
-def _search(model: ModelConfig, options: SdOptions) -> tuple[dict[str, Part], list[str]]:
-    """All parts that can be found, and all that is wrong."""
-    named = {"vae": model.vae}
-    parts, wrong = LAYOUT.search(model.pretrained_model_name_or_path, named)
-    sizes: dict[str, Any] = {}
-    for name, part in parts.items():
+    A folder says so in its schedule. A single file can in its metadata (sai_model_spec), or by a tensor that is called
+    ``v_pred`` and empty, as ComfyUI marks it.
+    """
+    if folder is not None:
         try:
-            sizes[name] = _READERS[name](part)
-        except ConfigError as error:
-            wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
-    unet, clip = sizes.get("denoiser"), sizes.get("clip")
+            return _PREDICTIONS.get(read_json(folder / "scheduler" / "scheduler_config.json")["prediction_type"])
+        except (ConfigError, KeyError, TypeError):
+            return None
+    if any(_V_MARKER in header.tensors for header in denoiser.headers):
+        return True
+    said = (header.metadata.get("modelspec.prediction_type") for header in denoiser.headers)
+    return next((_PREDICTIONS[word] for word in said if word in _PREDICTIONS), None)
+
+
+def _searched(model: ModelConfig, options: SdOptions) -> Search:
+    """All parts that can be found, and all that is wrong."""
+    found = search(LAYOUT, _READERS, model, {"vae": model.vae})
+    unet, clip = found.sizes.get("denoiser"), found.sizes.get("clip")
     if unet is not None and options.v2 is not None and options.v2 != unet.is_v2:
-        word, found = ("--v2", "1.x") if options.v2 else ("--no-v2", "2.x")
-        wrong.append(f"{word}: {parts['denoiser'].title} is Stable Diffusion {found}; remove it")
-    if clip is not None and unet is not None and (options.clip_skip or 1) > (most := used_layers(parts["clip"])):
-        wrong.append(f"--clip_skip {options.clip_skip}: {parts['clip'].title} has {most} layers; at most {most}")
-    if unet is not None and clip is not None and unet.context_width != clip.width:
-        wrong.append(
-            f"{parts['clip'].title} holds a text encoder of width {clip.width}; the U-Net takes {unet.context_width}"
+        word, generation = ("--v2", "1.x") if options.v2 else ("--no-v2", "2.x")
+        found.wrong.append(f"{word}: {found.at('denoiser')} is Stable Diffusion {generation}; remove it")
+    if clip is not None and unet is not None and (options.clip_skip or 1) > clip.depth:
+        found.wrong.append(
+            f"--clip_skip {options.clip_skip}: {found.at('clip')} has {clip.depth} layers; at most {clip.depth}"
         )
-    if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
-        wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
-    return parts, wrong
+    if unet is not None and clip is not None and unet.context_width != clip.width:
+        found.wrong.append(
+            f"{found.at('clip')} holds a text encoder of width {clip.width}; the U-Net takes {unet.context_width}"
+        )
+    return found

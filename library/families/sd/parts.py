@@ -7,6 +7,14 @@ from library.io.components import BASE, OTHER_PARTS, Component
 
 CLIP_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 OPEN_CLIP_EMBEDDING = "token_embedding.weight"
+UNREAD = (
+    r"text_model\.embeddings\.position_ids$|text_projection(?:\.weight)?$|logit_scale$|transformer\.resblocks\.23\."
+)
+"""What files hold of a text encoder that a picture doesn't depend on.
+
+2.x was trained on the features before the last of OpenCLIP ViT-H's 24 layers. Its single files hold all of them, its
+folders in diffusers' layout 23: so the 24th is left out, and layers are counted alike whatever the file is.
+"""
 
 COMPONENTS = {
     "denoiser": Component(
@@ -50,7 +58,7 @@ COMPONENTS = {
             "diffusers": (re.escape(CLIP_EMBEDDING),),
         },
         keep=r"text_model\.|transformer\.resblocks\.|token_embedding\.|positional_embedding$|ln_final\.",
-        drop=r"text_model\.embeddings\.position_ids$",
+        drop=UNREAD,
     ),
 }
 LAYOUT = Layout("Stable Diffusion 1.x and 2.x", "StableDiffusionPipeline", "StableDiffusionPipeline", COMPONENTS)

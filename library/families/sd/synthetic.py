@@ -11,7 +11,7 @@ from library.diffusion.ddpm import Ddpm
 from library.families.sd.adapter_targets import adapter_targets
 from library.families.sd.family import SdFamily
 from library.families.sd.files import SAMPLING_DEFAULTS, UNSKIPPABLE, SdFiles
-from library.families.sd.latents import SdLatentStrategy
+from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
 from library.families.sd.text import SdText, SdTextStrategy
 from library.families.sd.tokenizers import SdTokenizer
@@ -56,7 +56,7 @@ def synthetic_family(
             unskippable=UNSKIPPABLE,
             sampling=SAMPLING_DEFAULTS,
         ),
-        latents=SdLatentStrategy("random"),
+        latents=sd_latents("random"),
         objective=Ddpm(ddpm or DdpmConfig(), loss or LossConfig()),
         adapter_targets=adapter_targets(),
         tokenizers=cast(Any, None),

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.model import ModelConfig
@@ -108,10 +109,23 @@ def load_tokenizer(places: TokenizerPlaces, options: SdOptions, *, is_v2: bool, 
     Raises:
         ConfigError: It is nowhere, or unreadable.
     """
-    folder = places.find(_FOLDERS, CLIP_L_HUB_ID, is_clip_folder, download=download)
+    folder = tokenizer_folder(places, download=download)
     length = int(options.max_token_length)
     tokenizer = load_clip_tokenizer(folder, pad_id=_V2_PAD_ID if is_v2 else None, length=length + 2)
     return SdTokenizer(tokenizer, length // CHUNK, options.weighted_captions)
+
+
+def tokenizer_folder(places: TokenizerPlaces, *, download: bool = True) -> Path:
+    """Where the tokenizer lies.
+
+    Args:
+        places: Where to look.
+        download: Whether to fetch from the hub what isn't on disk.
+
+    Raises:
+        ConfigError: It is nowhere.
+    """
+    return places.find(_FOLDERS, CLIP_L_HUB_ID, is_clip_folder, download=download)
 
 
 def find_windows(model: ModelConfig, options: SdOptions, files: SdFiles | None) -> dict[str, SdTokenizer]:

@@ -10,6 +10,7 @@ from library.families.sd3.mmdit import MMDiT, MMDiTConfig
 from library.families.sd3.sizes import denoiser_sizes, vae_sizes
 from library.io.part_loading import fill
 from library.nn.attention import AttentionFunction, attention_function
+from library.nn.autoencoder_files import autoencoder_config, load_autoencoder
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 
@@ -28,7 +29,7 @@ def read_vae_config(files: Sd3Files) -> AutoencoderKLConfig:
     Args:
         files: From ``files.locate``.
     """
-    return AutoencoderKLConfig(**dataclasses.asdict(vae_sizes(files.vae)))
+    return autoencoder_config(vae_sizes(files.vae))
 
 
 def load_mmdit(
@@ -75,10 +76,7 @@ def load_vae(files: Sd3Files, *, device: torch.device | str, dtype: torch.dtype,
     Raises:
         ConfigError: See ``load_mmdit``.
     """
-    with torch.device("meta"):
-        vae = AutoencoderKL(read_vae_config(files))
-    fill(vae, files.vae, vae_sizes(files.vae).key_maps, device=device, dtype=dtype, mmap=mmap)
-    return vae.eval().requires_grad_(False)
+    return load_autoencoder(files.vae, vae_sizes(files.vae), device=device, dtype=dtype, mmap=mmap)
 
 
 def check_weights(files: Sd3Files) -> list[str]:

@@ -16,6 +16,7 @@ from library.io.diffusers_folder import ENCODER_STEM, MODEL_STEM, copy_tokenizer
 from library.io.joined_tensors import JoinedTensors, PrefixedTensors
 from library.io.key_maps import KeyMap, from_diffusers, to_diffusers
 from library.io.safetensors import LazyTensors, save_tensors
+from library.nn.autoencoder_files import diffusers_config
 from library.nn.autoencoder_kl import AutoencoderKLConfig
 from library.nn.autoencoder_sizes import autoencoder_key_maps
 from library.text_encoders.clip import PROJECTION, clip_config
@@ -85,7 +86,7 @@ def save_folder(
             _save_denoiser(tensors, denoiser, folder, metadata, dtypes[name])
         elif name == "vae":
             theirs = dict(to_diffusers(tensors, _vae_maps(vae)))
-            save_component(folder / "vae", MODEL_STEM, theirs, vae_config(vae), dtype=dtypes[name])
+            save_component(folder / "vae", MODEL_STEM, theirs, diffusers_config(vae, LATENTS), dtype=dtypes[name])
         else:
             _save_encoder(name, tensors, folder, dtypes[name])
 
@@ -134,28 +135,6 @@ def transformer_config(config: MMDiTConfig) -> dict[str, Any]:
         "pos_embed_max_size": config.pos_embed_max_size,
         "dual_attention_layers": list(config.dual_attention_blocks),
         "qk_norm": "rms_norm" if config.qk_norm else None,
-    }
-
-
-def vae_config(config: AutoencoderKLConfig) -> dict[str, Any]:
-    """What diffusers' ``config.json`` says of the VAE."""
-    levels = len(config.level_widths)
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": config.pixel_channels,
-        "out_channels": config.pixel_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.level_widths),
-        "layers_per_block": config.blocks_per_level,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-        "scaling_factor": LATENTS.scale,
-        "shift_factor": LATENTS.shift,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "force_upcast": True,
     }
 
 

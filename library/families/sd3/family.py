@@ -23,7 +23,7 @@ from library.families.sd3.adapter_targets import adapter_targets
 from library.families.sd3.checkpoint import check_weights, load_mmdit, load_vae, read_mmdit_config, read_vae_config
 from library.families.sd3.export import base_weights, complete_pipeline, save_folder, save_single
 from library.families.sd3.files import Sd3Files, describe, locate
-from library.families.sd3.latents import Sd3LatentStrategy
+from library.families.sd3.latents import sd3_latents
 from library.families.sd3.mmdit import MMDiTConfig
 from library.families.sd3.options import Sd3Options
 from library.families.sd3.sizes import clip_sizes, denoiser_sizes
@@ -34,6 +34,7 @@ from library.io.fp8_matrices import Fp8Matrices
 from library.io.parts import Part, number_count, part_identity
 from library.io.safetensors import LazyTensors
 from library.nn.attention import AttentionShape, attention_function
+from library.nn.autoencoder_latents import AutoencoderLatents
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.clip import load_clip
@@ -72,7 +73,7 @@ class Sd3Family:
     options: Sd3Options
     denoiser: MMDiTConfig
     description: ModelDescription
-    latents: Sd3LatentStrategy
+    latents: AutoencoderLatents
     objective: FlowMatching
     adapter_targets: Mapping[str, AdapterTargets]
     tokenizers: TokenizerPlaces
@@ -278,7 +279,7 @@ def create(config: Any) -> Sd3Family:
     denoiser = read_mmdit_config(files)
     clip_l = clip_sizes(files.clip_l)
     resolutions = [dataset.resolution for dataset in getattr(config, "datasets", ())]
-    latents = Sd3LatentStrategy(part_identity(files.vae))
+    latents = sd3_latents(part_identity(files.vae))
     step = latents.format.resolution_step
     model = config.model
     return Sd3Family(

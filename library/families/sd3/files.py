@@ -3,12 +3,11 @@
 A part that the user names wins over the one inside the base model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.config.model import ModelConfig
 from library.families.sd3.options import RESOLUTION_STEP, Sd3Options
@@ -21,6 +20,7 @@ from library.families.sd3.sizes import (
     t5_sizes,
     vae_sizes,
 )
+from library.families.searching import Search, base_folder, search
 from library.io.base_model import Layout
 from library.io.parts import Part
 from library.records import ModelDescription, Resolution
@@ -73,7 +73,7 @@ def problems(model: ModelConfig, options: Sd3Options) -> list[str]:
         model: The base model and the VAE.
         options: The text encoders.
     """
-    return _search(model, options)[1]
+    return _searched(model, options).wrong
 
 
 def locate(model: ModelConfig, options: Sd3Options) -> Sd3Files:
@@ -86,17 +86,14 @@ def locate(model: ModelConfig, options: Sd3Options) -> Sd3Files:
     Raises:
         ConfigError: What ``problems`` returns, if anything.
     """
-    parts, wrong = _search(model, options)
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    base = Path(str(model.pretrained_model_name_or_path))
+    parts = _searched(model, options).checked()
     return Sd3Files(
         denoiser=parts["denoiser"],
         vae=parts["vae"],
         clip_l=parts["clip_l"],
         clip_g=parts["clip_g"],
         t5xxl=parts.get("t5xxl"),
-        folder=base if _LAYOUT.is_folder(base) else None,
+        folder=base_folder(_LAYOUT, model),
     )
 
 
@@ -148,49 +145,34 @@ def _text_numbers(files: Sd3Files, options: Sd3Options) -> int:
     return numbers if files.t5xxl is None else numbers + options.t5xxl_max_token_length * t5_sizes(files.t5xxl).width
 
 
-def _search(model: ModelConfig, options: Sd3Options) -> tuple[dict[str, Part], list[str]]:
+def _searched(model: ModelConfig, options: Sd3Options) -> Search:
     """All parts that can be found, and all that is wrong."""
     named = {"vae": model.vae, "clip_l": options.clip_l, "clip_g": options.clip_g, "t5xxl": options.t5xxl}
-    parts, wrong = _LAYOUT.search(model.pretrained_model_name_or_path, named)
-    wrong += _misfits(parts, named)
-    if not wrong and "t5xxl" not in parts:
-        wrong += [
+    found = search(_LAYOUT, _READERS, model, named)
+    found.wrong.extend(_misfits(found))
+    if not found.wrong and "t5xxl" not in found.parts:
+        found.wrong.extend(
             f"--{name} does nothing: the base model has no T5 inside; add --t5xxl, or remove --{name}"
             for name in _T5_OPTIONS
             if getattr(options, name) != type(options).__dataclass_fields__[name].default
-        ]
-    if model.tokenizer_dir is not None and not Path(model.tokenizer_dir).is_dir():
-        wrong.append(f"--tokenizer_dir: {model.tokenizer_dir} is not a folder")
-    return parts, wrong
+        )
+    return found
 
 
-def _misfits(parts: Mapping[str, Part], named: Mapping[str, str | None]) -> list[str]:
-    """What is wrong inside the parts, and between them."""
-    wrong: list[str] = []
-    sizes: dict[str, Any] = {}
-    for name, part in parts.items():
-        try:
-            sizes[name] = _READERS[name](part)
-        except ConfigError as error:
-            wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
-
-    def at(name: str) -> str:
-        return f"{COMPONENTS[name].option}: {parts[name].title}" if named.get(name) else parts[name].title
-
+def _misfits(found: Search) -> Iterator[str]:
+    """What is wrong between the parts."""
+    sizes, at = found.sizes, found.at
     if "denoiser" not in sizes:
-        return wrong
+        return
     denoiser: DenoiserSizes = sizes["denoiser"]
     if (vae := sizes.get("vae")) and vae.latent_channels != denoiser.in_channels:
-        wrong.append(
-            f"{at('vae')} is a VAE with {vae.latent_channels} channels; the denoiser takes {denoiser.in_channels}"
-        )
+        yield f"{at('vae')} is a VAE with {vae.latent_channels} channels; the denoiser takes {denoiser.in_channels}"
     if (clip_l := sizes.get("clip_l")) and (clip_g := sizes.get("clip_g")):
         clips = (("clip_l", "CLIP-L", clip_l), ("clip_g", "CLIP-G", clip_g))
         given = " and ".join(f"{at(name)} ({title}, width {clip.pooled_width})" for name, title, clip in clips)
         if clip_l.pooled_width + clip_g.pooled_width != denoiser.pooled_width:
-            wrong.append(f"{given} do not fit the denoiser, which takes {denoiser.pooled_width} together")
+            yield f"{given} do not fit the denoiser, which takes {denoiser.pooled_width} together"
         elif clip_l.width + clip_g.width > denoiser.context_width:
-            wrong.append(f"{given} give more features per token than the denoiser takes, {denoiser.context_width}")
+            yield f"{given} give more features per token than the denoiser takes, {denoiser.context_width}"
     if (t5 := sizes.get("t5xxl")) and t5.width != denoiser.context_width:
-        wrong.append(f"{at('t5xxl')} is a T5 of width {t5.width}; the denoiser takes {denoiser.context_width}")
-    return wrong
+        yield f"{at('t5xxl')} is a T5 of width {t5.width}; the denoiser takes {denoiser.context_width}"

@@ -1,40 +1,13 @@
-"""Pictures to Stable Diffusion 3's latents and back."""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+"""The latents of Stable Diffusion 3."""
 
 from library.families.sd3.options import LATENTS
-from library.records import LatentFormat
+from library.nn.autoencoder_latents import AutoencoderLatents
 
 
-@dataclass(frozen=True)
-class Sd3LatentStrategy:
-    """The VAE's mean as latents.
+def sd3_latents(vae: str) -> AutoencoderLatents:
+    """Pictures to latents and back.
 
-    The VAE answers with a Gaussian per position. Its mean is taken, not a draw from it: the same picture has the same
-    latents, cached or not, and its standard deviation is far below that of the noise that training adds.
-
-    Attributes:
+    Args:
         vae: Identity of the VAE's weights.
-        format: Geometry and scale.
     """
-
-    vae: str
-    format: LatentFormat = LATENTS
-
-    def signature(self) -> Mapping[str, str]:
-        """Every setting that changes the raw latents, save the type that the VAE computes in."""
-        return {"features": "sd3 latents 1", "vae": self.vae, "posterior": "mean"}
-
-    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        """Raw latents (B, 16, h, w), not normalised, of pictures (B, 3, H, W) in -1..1."""
-        mean, _ = vae.encode(pixels)
-        return mean
-
-    def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about -1..1, of normalised latents (B, 16, h, w)."""
-        raw = self.format.denormalise(latents)
-        return vae.decode(raw.to(next(vae.parameters()).dtype))
+    return AutoencoderLatents("sd3 latents 1", vae, LATENTS)

@@ -11,7 +11,7 @@ from library.diffusion.flow_matching import FlowMatching
 from library.families.sd3.adapter_targets import adapter_targets
 from library.families.sd3.family import Sd3Family
 from library.families.sd3.files import Sd3Files
-from library.families.sd3.latents import Sd3LatentStrategy
+from library.families.sd3.latents import sd3_latents
 from library.families.sd3.mmdit import CONFIGS, MMDiT, MMDiTConfig
 from library.families.sd3.options import Sd3Options
 from library.families.sd3.text import Sd3Text, Sd3TextStrategy
@@ -52,7 +52,7 @@ def synthetic_family(
             sizes={"depth": sizes.depth, "width": sizes.width},
             native_resolution=Resolution(1024, 1024),
         ),
-        latents=Sd3LatentStrategy("random"),
+        latents=sd3_latents("random"),
         objective=FlowMatching(flow or FlowConfig(), loss or LossConfig()),
         adapter_targets=adapter_targets(
             depth=sizes.depth, dual_attention_blocks=sizes.dual_attention_blocks, clip_l_layers=0, clip_g_layers=0

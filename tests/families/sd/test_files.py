@@ -1,5 +1,4 @@
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +16,7 @@ from library.families.sd.checkpoint import (
 )
 from library.families.sd.files import describe, locate, problems
 from library.families.sd.options import SdOptions
-from library.families.sd.sizes import used_layers
-from library.io.part_shapes import names_in_layout
 from library.nn.attention import sdpa
-from library.text_encoders.open_clip import open_clip_key_maps
 from tests.families.sd.conftest import TINY_VAE
 
 FP32 = {"device": "cpu", "dtype": torch.float32}
@@ -69,6 +65,23 @@ def test_the_description_names_the_generation(tiny_sd, model_path):
     assert describe(located(model_path), SdOptions(max_token_length="150")).text_numbers == 152 * 64
 
 
+def test_a_single_file_may_say_what_the_model_predicts(tiny_sd, tmp_path):
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    for said, expected in (("v", True), ("epsilon", False), ("flow", None)):
+        save_file(tensors, path, {"modelspec.prediction_type": said})
+        assert located(path).v_prediction is expected
+    save_file({**tensors, "v_pred": torch.empty(0)}, path)
+    assert located(path).v_prediction is True
+
+
+def test_without_a_text_encoder_the_remedy_is_another_file(tiny_sd, tmp_path):
+    path = tiny_sd.single_file(tmp_path / "model.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("cond_stage_model.")}
+    save_file(tensors, path)
+    assert wrong(path) == [f"no text encoder: {path} has none inside; name one that has it"]
+
+
 def test_a_folder_says_what_the_model_predicts(tiny_sd, tmp_path):
     folder, single = tmp_path / "v", tmp_path / "file.safetensors"
     files = located(tiny_sd.folder(folder, prediction="v_prediction"))
@@ -113,29 +126,28 @@ def test_v2_of_a_first_generation_model_is_refused(tiny_sd, tmp_path):
     assert describe(located(path)).defaults.get("v2", False) is tiny_sd.is_v2
 
 
-def test_the_layer_that_the_second_generation_was_trained_without_does_not_count(tiny_sd, tmp_path):
-    """OpenCLIP's files have it, diffusers' folders don't."""
-    single = located(tiny_sd.single_file(tmp_path / "model.safetensors"))
-    assert used_layers(single.clip) == (2 if tiny_sd.is_v2 else 3)
-    folder = located(tiny_sd.folder(tmp_path / "folder"))
-    assert used_layers(folder.clip) == 3
-    (told,) = wrong(tmp_path / "folder", clip_skip=4)
-    assert told.startswith("--clip_skip 4: ") and told.endswith("has 3 layers; at most 3")
-    assert wrong(tmp_path / "folder", clip_skip=3) == []
-
-
-@pytest.mark.parametrize(("layout", "depth", "used"), [("single", 24, 23), ("single", 23, 23), ("diffusers", 23, 23)])
-def test_published_encoders_of_the_second_generation_have_23_layers_in_use(layout, depth, used):
-    shapes = {name: (8, 8) for name in names_in_layout(open_clip_key_maps(depth=depth), layout)}
-    part = SimpleNamespace(layout=layout, shapes=shapes, names=shapes.keys(), title="clip")
-    assert used_layers(part) == used
+def test_clip_skip_ends_at_the_first_layer(tiny_sd, tmp_path):
+    for path in (tiny_sd.folder(tmp_path / "folder"), tiny_sd.single_file(tmp_path / "model.safetensors")):
+        (told,) = wrong(path, clip_skip=4)
+        assert told.startswith("--clip_skip 4: ") and told.endswith("has 3 layers; at most 3")
+        assert wrong(path, clip_skip=3) == []
 
 
 def test_other_unets_are_refused_by_their_task(tiny_sd, tmp_path):
-    for channels, kind in ((9, "an inpainting U-Net"), (8, "an image-editing U-Net"), (5, "a depth-guided U-Net")):
+    for channels, kind in (
+        (9, "an inpainting U-Net"),
+        (8, "an image-editing U-Net"),
+        (7, "an upscaler's U-Net"),
+        (5, "a depth-guided U-Net"),
+    ):
         first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, channels, 3, 3)}
         (told,) = wrong(tiny_sd.single_file(tmp_path / f"{channels}.safetensors", **first))
         assert kind in told and "only those that make pictures from text" in told
+        folder = tiny_sd.folder(tmp_path / str(channels))
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file({**load_file(path), "conv_in.weight": torch.zeros(64, channels, 3, 3)}, path)
+        (told,) = wrong(folder)
+        assert told.startswith(f"{folder}/unet is {kind}")
 
 
 def test_other_models_are_called_by_their_names(tmp_path):
@@ -146,11 +158,38 @@ def test_other_models_are_called_by_their_names(tmp_path):
         "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 2816),
     }
     sd3 = {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(4, 4)}
-    for name, tensors in (("SDXL", sdxl), ("SD3", sd3)):
+    refiner = {**sdxl, "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 2560)}
+    sana = {"blocks.0.mlp.inverted_conv.conv.weight": torch.zeros(4, 4, 1, 1)}
+    flux = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}
+    for name, tensors, remedy in (
+        ("SDXL", sdxl, "; no script here is for it"),
+        ("SDXL refiner", refiner, "; no script here is for it"),
+        ("FLUX", flux, "; no script here is for it"),
+        ("SD3", sd3, "; it is for sd3_train_network.py and sd3_train.py"),
+        ("Sana", sana, "; it is for sana_train_network.py and sana_train.py"),
+    ):
         path = tmp_path / f"{name}.safetensors"
         save_file(tensors, path)
-        told = wrong(path)
-        assert told[0].startswith(f"{path} looks like {name} (") and "expected Stable Diffusion 1.x or 2.x" in told[0]
+        (told,) = wrong(path)
+        assert told.startswith(f"{path} looks like {name} (") and "expected Stable Diffusion 1.x or 2.x" in told
+        assert told.endswith(remedy)
+
+
+def test_folders_of_other_models_are_called_by_their_names(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    names = ("transformer_blocks.0.norm1_context.linear.weight", "transformer_blocks.0.attn.add_q_proj.weight")
+    save_file(
+        {name: torch.zeros(2, 2) for name in names}, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    assert wrong(tmp_path) == [
+        f"{tmp_path} is a folder of StableDiffusion3Pipeline, expected one of StableDiffusionPipeline; it is for "
+        "sd3_train_network.py and sd3_train.py"
+    ]
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert wrong(tmp_path) == [
+        f"{tmp_path} has no folder unet, where diffusers keeps Stable Diffusion 1.x and 2.x's denoiser"
+    ]
 
 
 def test_what_is_missing_or_unknown_is_named(tiny_sd, tmp_path):

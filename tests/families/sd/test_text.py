@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from library.families.sd.latents import SdLatentStrategy
+from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
 from library.families.sd.text import SdTextStrategy
 from library.families.sd.tokenizers import CHUNK, load_tokenizer
@@ -187,7 +187,7 @@ def test_latents_are_the_vaes_mean_and_come_back():
         def decode(self, latents):
             return latents / 2
 
-    latents, pixels = SdLatentStrategy("a vae"), torch.rand(1, 4, 8, 8)
+    latents, pixels = sd_latents("a vae"), torch.rand(1, 4, 8, 8)
     raw = latents.encode(Vae(), pixels)
     normalised = latents.format.normalise(raw)
     assert torch.allclose(normalised, raw * 0.18215)

@@ -358,7 +358,10 @@ def test_parts_that_a_folder_lacks(tmp_path):
 )  # fmt: skip
 def test_another_model_is_called_by_its_name_and_nothing_else_is_said(tmp_path, shapes, seen):
     path = write_sparse(tmp_path / "model.safetensors", shapes)
-    assert_problem(found_problems(path), f"{path} {seen}, expected SD3 (joint_blocks.*)")
+    scripts = {"Sana": "; it is for sana_train_network.py and sana_train.py"}
+    scripts |= dict.fromkeys(("FLUX", "SDXL"), "; no script here is for it")
+    remedy = scripts.get(seen.split()[2], "")
+    assert_problem(found_problems(path), f"{path} {seen}, expected SD3 (joint_blocks.*){remedy}")
 
 
 def test_a_folder_of_another_model(tmp_path):
@@ -375,7 +378,7 @@ def test_a_folder_of_another_model(tmp_path):
     assert_problem(
         found_problems(tmp_path),
         f"{tmp_path}/transformer looks like FLUX in diffusers' spelling (single_transformer_blocks.*), "
-        "expected SD3 (joint_blocks.*)",
+        "expected SD3 (joint_blocks.*); no script here is for it",
     )
 
 
