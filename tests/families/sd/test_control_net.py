@@ -6,8 +6,11 @@ from library.families.sd.control_net import ControlNet, steer
 from library.families.sd.control_net_keys import control_net_keys
 from library.families.sd.unet import CONFIGS
 from library.io.key_maps import from_diffusers, to_diffusers
+from library.memory.block_swap import BlockSwap
+from library.memory.checkpointing import enable_checkpointing
 from library.nn.attention import sdpa
 from tests.families.sd.test_unet import KINDS, TINY, assert_close, inputs, random_unet
+from tests.memory.late_transfers import LateTransfers
 
 PARAMETERS = {"sd1": 361_279_120, "sd2": 364_228_240}
 
@@ -114,3 +117,26 @@ def test_stages_are_all_after_the_first_convolution():
         stage.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
     control_net(**batch, hint=hint(batch))
     assert seen == list(range(len(control_net.stages))) == list(range(12))
+
+
+@pytest.mark.parametrize("interval", [None, 1])
+def test_the_frozen_model_may_take_turns_on_the_device(interval):
+    """The backward pass ends at its middle: what lies before has no gradient, and need not come back."""
+
+    def gradients(**how):
+        unet, control_net = random_unet(KINDS["shallow"]).requires_grad_(False), random_control_net(KINDS["shallow"])
+        blocks, transfers = list(unet.stages), LateTransfers()
+        if how:
+            BlockSwap(blocks, 5, transfers, checkpointed=range(len(blocks)) if interval else ())
+        if interval:
+            enable_checkpointing(blocks, interval)
+        steer(unet, control_net)
+        batch = inputs(unet.config)
+        for _ in range(2):
+            answer = unet(batch["x_t"], batch["timestep"], batch["context"], hint=hint(batch))
+            answer.square().mean().backward()
+        assert bool(transfers.fetched) == bool(how)
+        return [answer, *(parameter.grad for parameter in control_net.parameters())]
+
+    plain, swapped = gradients(), gradients(swapped=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, swapped, strict=True))
