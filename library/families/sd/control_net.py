@@ -8,8 +8,8 @@ Shapes:
     B batch, h and w sides of the latents, C features of a stage, E width of the embedded timestep
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -80,9 +80,8 @@ def steer(unet: nn.Module, control_net: nn.Module) -> None:
     The U-Net stays the same module: its weights keep their names, its stages their places.
     """
 
-    def with_control(_: nn.Module, arguments: Sequence[Tensor], named: dict[str, Tensor]) -> tuple[object, object]:
-        rest = dict(named)
-        hint = rest.pop("hint")
-        return tuple(arguments), {**rest, "control": control_net(*arguments, hint)}
+    def with_control(_: nn.Module, asked: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rest = {name: value for name, value in named.items() if name != "hint"}
+        return asked, {**rest, "control": control_net(*asked, named["hint"])}
 
     unet.register_forward_pre_hook(with_control, with_kwargs=True)
