@@ -60,7 +60,7 @@ def look(config: RunConfig) -> tuple[list[str], DataScan]:
     idle = [remark.text for remark in scan.report.remarks if remark.kind == "idle steps"]
     if idle:
         raise ConfigError("\n".join(idle))
-    return [*_model_lines(description, config.training.mixed_precision), *report_lines(scan.report), *later], scan
+    return [*_model_lines(description, config), *report_lines(scan.report), *later], scan
 
 
 def scan_data(
@@ -123,8 +123,9 @@ def scan_data(
     return DataScan(discovery, placements, validation_placements, seed, made)
 
 
-def _model_lines(description: ModelDescription, precision: str) -> Iterator[str]:
+def _model_lines(description: ModelDescription, config: RunConfig) -> Iterator[str]:
     sizes = ", ".join(f"{name} {value}" for name, value in description.sizes.items())
     yield f"model: {description.title}, {description.parameters:,} parameters in the denoiser ({sizes})"
-    if warning := description.precision_warnings.get(precision):
+    if warning := description.precision_warnings.get(config.training.mixed_precision):
         yield f"{WARNING}{warning}"
+    yield from (f"{WARNING}{warning}" for warning in config.model_warnings(description))

@@ -320,7 +320,8 @@ class SamplingDefaults:
     """How pictures of a model are made where nobody says.
 
     Attributes:
-        sampler: One of ``library.config.sampling.SAMPLERS``.
+        sampler: One of ``samplers``.
+        samplers: Those that the model has, as options name them; by default those of flow matching.
         steps: Sampling steps.
         scale: Classifier-free guidance.
         table: Name of the published table (``library.data.bucket_tables``) with the sizes that the model was trained
@@ -328,6 +329,7 @@ class SamplingDefaults:
     """
 
     sampler: str = "euler"
+    samplers: tuple[str, ...] = ("euler", "heun", "dpmpp_2m")
     steps: int = 28
     scale: float = 5.0
     table: str | None = None
@@ -346,9 +348,13 @@ class ModelDescription:
         native_resolution: The resolution that the model was made for, for samples that name none.
         implementation: ``modelspec.implementation``: the address of the reference implementation.
         blocks: How many repeated blocks the denoiser has.
+        unskippable: Why pictures can't be guided by leaving out blocks; empty: they can.
         largest_side: The longest side of a picture in pixels that the denoiser has positions for; None: any.
         text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
+        specification: More of what saved files say as ``modelspec.*``: name -> value.
         defaults: Options whose default depends on the model: name -> what acts where nobody gave one.
+        stated: Those of them that the files decide: name -> what they say, as a sentence; another value is an error.
+        unsure: Those of them that are a guess: name -> why, and what to do, as a sentence.
         text_encoders: The text encoders that the files have, in the order in which options number them.
         trainable_text_encoders: The text encoders that a full fine-tune can train.
         save_layouts: What ``--save_model_as`` can be in a full fine-tune, best first -> what ``--save_parts`` can be.
@@ -365,9 +371,13 @@ class ModelDescription:
     native_resolution: Resolution
     implementation: str = ""
     blocks: int = 0
+    unskippable: str = ""
     largest_side: int | None = None
     text_numbers: int = 0
-    defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    specification: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, float | bool | str] = dataclasses.field(default_factory=dict)
+    stated: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsure: Mapping[str, str] = dataclasses.field(default_factory=dict)
     text_encoders: tuple[str, ...] = ()
     trainable_text_encoders: tuple[str, ...] = ()
     save_layouts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -93,7 +93,6 @@ UNSUPPORTED: dict[str, str] = {
     "dataset_class": "datasets are described by --dataset_config, not by code. Remove it",
     "cache_info": "sizes and content are always remembered, and looked at again when a file changes. Remove it",
     "debug_dataset": "--dry_run lists what the dataset holds, and tools/inspect_dataset.py shows it. Use those",
-    "weighted_captions": "the text encoders read a caption as it stands. Remove it, and (word:1.2) from the captions",
     "network_multiplier": "the adapter trains at full strength. Remove it",
 }
 """Option or TOML key of other trainers -> the end of ``--name is not supported: ...``."""

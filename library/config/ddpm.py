@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.config.errors import ConfigError
-from library.config.options import option
+from library.config.options import option, redeclared
 
 TIMESTEPS = 1000
 
@@ -16,14 +16,21 @@ _DEPENDENT = {
     "ip_noise_gamma_random_strength": "ip_noise_gamma",
 }
 
+# Switches that say something only where they are on.
+_SWITCHES = (
+    *("v_parameterization", "zero_terminal_snr", "noise_offset_random_strength", "ip_noise_gamma_random_strength"),
+    *("scale_v_pred_loss_like_noise_pred", "debiased_estimation_loss"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DdpmConfig:
     """Noise schedule (DDPM)."""
 
-    v_parameterization: bool = option(
-        False,
-        "The model answers with the velocity, as Stable Diffusion 2.x at 768 px does, instead of the noise.",
+    v_parameterization: bool | None = option(
+        None,
+        "The model answers with the velocity, as Stable Diffusion 2.x at 768 px does, instead of the noise. By default "
+        "what its files say; where they say nothing, the noise.",
         metadata_key="ss_v_parameterization",
     )
     zero_terminal_snr: bool = option(
@@ -106,7 +113,7 @@ class DdpmConfig:
     debiased_estimation_loss: bool = option(
         False,
         "Weigh timesteps by 1 / sqrt(snr), or with --v_parameterization by 1 / (snr + 1) (Yu et al. 2023).",
-        metadata_key="ss_debiased_estimation_loss",
+        metadata_key="ss_debiased_estimation",
     )
 
     def __post_init__(self) -> None:
@@ -123,21 +130,58 @@ class DdpmConfig:
     @property
     def idle_options(self) -> tuple[str, ...]:
         """Options that have no effect beside the others, so that saved files don't mention them."""
-        return tuple(name for name, needed in _DEPENDENT.items() if getattr(self, needed) is None)
+        idle = [name for name, needed in _DEPENDENT.items() if getattr(self, needed) is None]
+        return (*idle, *(name for name in _SWITCHES if getattr(self, name) is False))
 
     def _problems(self) -> Iterator[str]:
         for name, needed in _DEPENDENT.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and getattr(self, needed) is None:
                 yield f"--{name} changes --{needed} and does nothing without it; add it, or remove this"
+        for name in ("min_snr_gamma", "v_pred_like_loss", "ip_noise_gamma"):
+            if getattr(self, name) == 0:
+                does = "weighs every loss by 0" if name == "min_snr_gamma" else "does nothing"
+                yield f"--{name} 0 {does}; give a number above 0, or remove it"
+        if self.noise_offset == 0 and not self.adaptive_noise_scale:
+            yield "--noise_offset 0 does nothing without --adaptive_noise_scale; give a number above 0, or remove it"
         if not self.timestep_range:
             yield f"--min_timestep {self.min_timestep} must be below --max_timestep {self.timestep_range.stop}"
-        if self.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:
-            yield "--scale_v_pred_loss_like_noise_pred is for models with --v_parameterization; remove it"
-        if self.v_pred_like_loss is not None and self.v_parameterization:
-            yield "--v_pred_like_loss is for models that predict the noise, not with --v_parameterization; remove it"
-        if self.zero_terminal_snr and not self.v_parameterization:
-            yield (
-                "--zero_terminal_snr makes the last timestep pure noise, of which a model that predicts the noise "
-                "learns nothing; add --v_parameterization if the model predicts velocities, or remove it"
-            )
+
+
+def ddpm_problems(ddpm: DdpmConfig) -> list[str]:
+    """This lists what does nothing, or harm, with what the model predicts, one sentence each.
+
+    Args:
+        ddpm: With ``v_parameterization`` as it is for the model; None counts as the noise.
+    """
+    problems = []
+    if ddpm.scale_v_pred_loss_like_noise_pred and not ddpm.v_parameterization:
+        problems.append(
+            "--scale_v_pred_loss_like_noise_pred is for models that predict velocities, and this one predicts the "
+            "noise; remove it, or add --v_parameterization if the model is one"
+        )
+    if ddpm.v_pred_like_loss is not None and ddpm.v_parameterization:
+        problems.append(
+            f"--v_pred_like_loss {ddpm.v_pred_like_loss:g} is for models that predict the noise, and this one predicts "
+            "velocities (--v_parameterization); remove it"
+        )
+    if ddpm.zero_terminal_snr and not ddpm.v_parameterization:
+        problems.append(
+            "--zero_terminal_snr makes the last timestep pure noise, of which a model that predicts the noise "
+            "learns nothing; add --v_parameterization if the model predicts velocities, or remove it"
+        )
+    return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpmPictureConfig:
+    """Noise schedule (DDPM)."""
+
+    v_parameterization: bool | None = redeclared(DdpmConfig, "v_parameterization", None)
+    zero_terminal_snr: bool = redeclared(
+        DdpmConfig,
+        "zero_terminal_snr",
+        False,
+        "Begin in pure noise, at the last timestep of a schedule stretched to it, for models that were trained so. By "
+        "default the schedule is the published one.",
+    )

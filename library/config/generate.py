@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from library.config.errors import ConfigError
 from library.config.memory import FORMAT_NAMES
 from library.config.options import option
-from library.config.sampling import SAMPLERS, SkipLayerGuidance
+from library.config.samplers import SAMPLERS, parse_sampler
+from library.config.sampling import SkipLayerGuidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +39,28 @@ class GenerateConfig:
     use_resolution_binning: bool | None = option(
         None,
         "Computes each picture at the nearest size of the table that the model was trained with, then resizes and "
-        "crops it to the size that was asked for. By default on for Sana; SD3 has no table.",
+        "crops it to the size that was asked for. By default on for Sana; the others have no table.",
     )
     steps: int | None = option(
         None,
-        "Sampling steps; 4 suits a turbo model. By default the model's own: 28 for SD3, 20 for Sana.",
+        "Sampling steps; 4 suits a turbo model. By default the model's own: 28 for SD3, 20 for Sana, 30 for Stable "
+        "Diffusion 1.x and 2.x.",
         minimum=1,
         maximum=1000,
     )
     scale: float | None = option(
         None,
         "Classifier-free guidance. 1 turns it off, which halves the time and suits a turbo model. By default the "
-        "model's own: 5 for SD3, 4.5 for Sana.",
+        "model's own: 5 for SD3, 4.5 for Sana, 7.5 for Stable Diffusion 1.x and 2.x.",
         minimum=0.0,
         aliases=("cfg_scale",),
     )
     sampler: str | None = option(
         None,
-        "Sampler. heun asks the model twice per step. By default the model's own: euler for SD3, dpmpp_2m "
-        "(DPM-Solver++) for Sana.",
+        "Sampler: euler, heun or dpmpp_2m for SD3 and Sana; ddim, euler, euler_a, dpmpp_2m or unipc for Stable "
+        "Diffusion 1.x and 2.x. By default the model's own: euler for SD3, dpmpp_2m for Sana, ddim for 1.x and 2.x.",
         choices=SAMPLERS,
+        parse=parse_sampler,
         aliases=("sample_sampler",),
     )
     seed: int | None = option(
@@ -97,14 +100,15 @@ class GenerateConfig:
     )
     text_encoder_1_precision: str = option(
         "no_change",
-        "Store the matrices of the first text encoder, CLIP-L or Gemma, in 8 or 4 bits, as in training.",
+        "Store the matrices of the first text encoder in 8 or 4 bits, as in training: CLIP-L of SD3, Gemma of Sana, "
+        "CLIP or OpenCLIP of Stable Diffusion 1.x and 2.x.",
         choices=("no_change", *FORMAT_NAMES),
     )
     text_encoder_2_precision: str = option(
-        "no_change", "The same for the second text encoder, CLIP-G.", choices=("no_change", *FORMAT_NAMES)
+        "no_change", "The same for the second text encoder, SD3's CLIP-G.", choices=("no_change", *FORMAT_NAMES)
     )
     text_encoder_3_precision: str = option(
-        "no_change", "The same for the third text encoder, T5.", choices=("no_change", *FORMAT_NAMES)
+        "no_change", "The same for the third text encoder, SD3's T5.", choices=("no_change", *FORMAT_NAMES)
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps. auto takes an accelerator if any.")
     no_half_vae: bool = option(False, "Decode in fp32, for a VAE that gives black pictures in half precision.")

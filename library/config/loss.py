@@ -15,15 +15,16 @@ class LossConfig:
     loss_type: str = option(
         "l2",
         "Loss per element. l2: d^2. l1: |d|. huber: 2 c (sqrt(d^2 + c^2) - c). smooth_l1: 2 (sqrt(d^2 + c^2) - c). "
-        "d is the difference of the x_0 estimates, and c comes from --huber_schedule.",
+        "d is the difference between the answer and what was asked for, in flow matching between the x_0 estimates; c "
+        "comes from --huber_schedule.",
         choices=("l2", "l1", "huber", "smooth_l1"),
         metadata_key="ss_loss_type",
     )
     huber_schedule: str | None = option(
         None,
         "How c of huber and smooth_l1 depends on the noise level. constant: huber_c * huber_scale. exponential: "
-        "huber_c^sigma * huber_scale. snr: for models with a variance schedule. By default what suits the model: "
-        "constant for flow matching.",
+        "huber_c^sigma * huber_scale. snr: by the signal-to-noise ratio, for Stable Diffusion 1.x and 2.x. By default "
+        "what suits the model: snr for these, constant for flow matching.",
         choices=("constant", "exponential", "snr"),
         metadata_key="ss_huber_schedule",
     )

@@ -66,17 +66,22 @@ def option(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def redeclared(group: type, name: str, default: Any, help: str | None = None) -> Any:
+def redeclared(
+    group: type, name: str, default: Any, help: str | None = None, *, choices: Sequence[str] | None = None
+) -> Any:
     """This declares an option of ``group`` once more, for a group derived from it that has another default.
 
     Args:
-        group: Where it was declared first; it keeps its choices, aliases and the rest.
+        group: Where it was declared first; it keeps its aliases and the rest.
         name: The option.
         default: What happens when nobody says anything.
         help: What is said of it; by default the same.
+        choices: The allowed values; by default the same.
     """
     field = group.__dataclass_fields__[name]  # type: ignore[attr-defined]
     metadata = {**field.metadata, "help": field.metadata["help"] if help is None else help}
+    if choices is not None:
+        metadata["choices"] = tuple(choices)
     return dataclasses.field(default=default, metadata=metadata, repr=field.repr)
 
 

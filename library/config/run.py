@@ -12,7 +12,7 @@ from library.config.captions import CaptionConfig
 from library.config.control_net import ControlNetConfig, control_net_problems
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
-from library.config.ddpm import DdpmConfig
+from library.config.ddpm import DdpmConfig, ddpm_problems
 from library.config.ema import EmaConfig
 from library.config.flow import FlowConfig, flow_problems
 from library.config.full import FullConfig, full_model_problems, full_problems
@@ -21,13 +21,14 @@ from library.config.loss import LossConfig
 from library.config.memory import MemoryConfig
 from library.config.messages import holds_secret
 from library.config.model import ModelConfig
+from library.config.model_defaults import model_defaults, stated_problems
 from library.config.network import NetworkConfig, network_problems
 from library.config.non_finite import non_finite_problems
 from library.config.optimizer import OptimizerConfig
 from library.config.options import DEFAULT, option_values
 from library.config.paths import path_problems
 from library.config.pictures import PictureConfig
-from library.config.sampling import SamplingConfig, sampling_defaults, skip_layer_problems
+from library.config.sampling import SamplingConfig, skip_layer_problems
 from library.config.saving import SavingConfig
 from library.config.training import TrainingConfig
 from library.config.updates import update_problems
@@ -76,7 +77,7 @@ def training_groups(family_options: Any, *, job: str) -> dict[str, type]:
         "memory": MemoryConfig,
         **family_options.OBJECTIVE_GROUPS,
         "validation": ValidationConfig,
-        "sampling": SamplingConfig,
+        "sampling": family_options.SAMPLING,
         "saving": SavingConfig,
         "logging": LoggingConfig,
     }
@@ -196,11 +197,7 @@ class RunConfig:
         """
         changed: dict[str, Any] = {}
         sources = dict(self.provenance)
-        title, sampled = description.title, sampling_defaults(description.sampling)
-        defaults = {
-            **{name: (own, f"the default of {title} is {own:g}") for name, own in description.defaults.items()},
-            **{name: (own, f"{title} is published with it") for name, own in sampled.items()},
-        }
+        defaults = model_defaults(description)
         for declared, value in option_values(self):
             group = changed.get(declared.group, getattr(self, declared.group))
             idle = getattr(group, "idle_options", ())
@@ -220,10 +217,20 @@ class RunConfig:
         refused = description.refused_precisions.get(precision)
         return [
             *([] if refused is None else [f"--mixed_precision {precision}: {refused}"]),
+            *stated_problems(option_values(self), description),
+            *(ddpm_problems(self.ddpm) if self.ddpm is not None else ()),
             *skip_layer_problems(self.sampling, description),
             *self._position_problems(description.largest_side),
             *(full_model_problems(self, description) if self.full is not None else ()),
         ]
+
+    def model_warnings(self, description: ModelDescription) -> list[str]:
+        """What was guessed about the model where nobody said it, one sentence each.
+
+        Args:
+            description: What the model's files say about it.
+        """
+        return [told for name, told in description.unsure.items() if not self.was_given(name)]
 
     def _position_problems(self, largest_side: int | None) -> Iterator[str]:
         """Resolutions that are too large for every picture; those too large for some show once pictures are known."""

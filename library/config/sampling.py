@@ -6,9 +6,8 @@ from typing import Any
 
 from library.config.errors import ConfigError
 from library.config.options import option
+from library.config.samplers import SAMPLERS, parse_sampler
 from library.records import ModelDescription, Resolution, SamplingDefaults
-
-SAMPLERS = ("euler", "heun", "dpmpp_2m")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,14 @@ def skip_layer_problems(options: Any, description: ModelDescription) -> list[str
         description: The model.
     """
     skip = SkipLayerGuidance.of(options)
-    if skip is None or max(skip.layers) < description.blocks:
+    if skip is None:
+        return []
+    if description.unskippable:
+        return [
+            f"--validation_guidance_skip_layers does nothing for {description.title}: {description.unskippable}. "
+            "Remove it"
+        ]
+    if max(skip.layers) < description.blocks:
         return []
     return [
         f"--validation_guidance_skip_layers {max(skip.layers)}: the denoiser has blocks 0 to {description.blocks - 1}"
@@ -150,13 +156,14 @@ class SamplingConfig:
     sample_at_first: bool = option(False, "Makes sample pictures before the first step too.")
     sample_sampler: str | None = option(
         None,
-        "Sampler of sample pictures, where the prompt names none. heun asks the model twice per step. By default the "
-        "model's own: euler for SD3, dpmpp_2m (DPM-Solver++) for Sana.",
+        "Sampler of sample pictures, where the prompt names none. By default the model's own.",
         choices=SAMPLERS,
+        parse=parse_sampler,
     )
     validation_num_inference_steps: int | None = option(
         None,
-        "Steps of sample pictures, where the prompt names none. By default the model's own: 28 for SD3, 20 for Sana.",
+        "Steps of sample pictures, where the prompt names none. By default the model's own: 28 for SD3, 20 for Sana, "
+        "30 for Stable Diffusion 1.x and 2.x.",
         minimum=1,
         maximum=1000,
         metavar="STEPS",
@@ -164,7 +171,7 @@ class SamplingConfig:
     validation_guidance: float | None = option(
         None,
         "Classifier-free guidance of sample pictures, where the prompt names none; 1 turns it off. By default the "
-        "model's own: 5 for SD3, 4.5 for Sana.",
+        "model's own: 5 for SD3, 4.5 for Sana, 7.5 for Stable Diffusion 1.x and 2.x.",
         minimum=0.0,
         metavar="SCALE",
     )
@@ -183,7 +190,7 @@ class SamplingConfig:
     use_resolution_binning: bool | None = option(
         None,
         "Computes a sample picture at the nearest size of the table that the model was trained with, then resizes and "
-        "crops it to the size that was asked for. By default on for Sana; SD3 has no table.",
+        "crops it to the size that was asked for. By default on for Sana; the others have no table.",
     )
     preview_every: int | None = option(
         None,

@@ -91,6 +91,7 @@ RENAMED: dict[str, str] = {
     "num_repeats": "dataset_repeats",
     "huber_loss_c": "huber_c",
     "lr": "learning_rate",
+    "learning_rate_te": "text_encoder_lr",
     "epochs": "max_train_epochs",
     "config": "config_file",
 }
@@ -108,7 +109,9 @@ def refusals(*tables: Mapping[str, str], family: str, family_table: Mapping[str,
     Returns:
         Option -> the rest of the sentence that starts with its name.
     """
-    joined = {name: f"is called --{new} here" for name, new in RENAMED.items()}
+    renamed = {name: new for name, new in RENAMED.items() if new not in family_table}
+    joined = {name: f"is called --{new} here" for name, new in renamed.items()}
     for table in (REASONS, *reversed(tables)):
         joined |= {name: f"is not supported: {reason}" for name, reason in table.items()}
-    return joined | {name: f"does nothing for {family}: {reason}" for name, reason in family_table.items()}
+    own = {name: family_table[new] for name, new in RENAMED.items() if new in family_table} | dict(family_table)
+    return joined | {name: f"does nothing for {family}: {reason}" for name, reason in own.items()}

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from library.data.report_captions import Window
+from library.diffusion.ddpm_samplers import NoiseOfStep
+from library.diffusion.samplers import Callback, Denoise
 from library.io.fp8_matrices import Fp8Matrices
 from library.nn.attention import AttentionShape
 from library.randomness import Draws
@@ -94,6 +96,32 @@ class Objective(Protocol):
 
     def loss(self, prediction: Tensor, noised: NoisedLatents, target: Tensor | None = None) -> Tensor:
         """Loss per element (B, C, h, w), fp32, weighted by noise level, against ``target`` or by default its own."""
+        ...
+
+
+class SamplingPath(Protocol):
+    """The way from noise to latents. A sampler may walk in coordinates of its own: ``x`` at a level."""
+
+    levels: Tensor
+    """Noise levels (steps + 1,) in those coordinates, falling strictly, on the CPU."""
+
+    def asked(self, x: Tensor, level: float) -> NoisedLatents:
+        """What the denoiser is asked about, at ``x`` (B, C, h, w)."""
+        ...
+
+    def estimate(self, x: Tensor, answer: Tensor, level: float) -> Tensor:
+        """The estimate of the clean, normalised latents (B, C, h, w), fp32, that the denoiser's answer stands for."""
+        ...
+
+    def walk(self, denoise: Denoise, noise: Tensor, *, fresh: NoiseOfStep, callback: Callback | None = None) -> Tensor:
+        """The normalised latents (B, C, h, w), fp32.
+
+        Args:
+            denoise: ``x`` and its level to the estimate of the clean latents.
+            noise: Gaussian noise (B, C, h, w).
+            fresh: More of it for a step's number, where the sampler adds some.
+            callback: Called after each step with its number (from 0) and the estimate that it used.
+        """
         ...
 
 
@@ -191,8 +219,8 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
-        """The noise levels of a sampling run (steps + 1,), from 1 or a little below down to 0, fp32."""
+    def sampling_path(self, sampler: str, steps: int, resolution: Resolution) -> SamplingPath:
+        """The way of a sampler, one of ``description.sampling.samplers``, in so many steps."""
         ...
 
     def attention_shape(self, resolution: Resolution) -> AttentionShape:
@@ -200,7 +228,11 @@ class ModelFamily(Protocol):
         ...
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> Any:
-        """A context manager inside which the blocks ``layers`` leave their input as it is (skip-layer guidance)."""
+        """A context manager inside which the blocks ``layers`` leave their input as it is (skip-layer guidance).
+
+        Raises:
+            ValueError: There is no such block, or none can be left out (``description.unskippable``).
+        """
         ...
 
 

@@ -3,17 +3,19 @@
 import dataclasses
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.config.command_line import CommandLine, help_text, read_command_line
+from library.config.ddpm import ddpm_problems
 from library.config.errors import ConfigError
 from library.config.generate import GenerateConfig
 from library.config.memory import MemoryConfig, encoder_problems
 from library.config.model import ModelConfig
-from library.config.options import DEFAULT
+from library.config.model_defaults import stated_problems
+from library.config.options import DEFAULT, Option, options_of
 from library.config.paths import folder_problem
 from library.config.sampling import binning_table, skip_layer_problems
 from library.families import FAMILIES, family_files, family_options
@@ -40,8 +42,9 @@ class GenerateRun:
         family: The family's own options.
         generate: Adapters, precision, device, output.
         memory: The attention, and how text encoders are stored.
+        guesses: What was guessed about the model, one sentence each.
         flow: Defaults; nothing is trained.
-        ddpm: What the model answers with; the rest are defaults.
+        ddpm: What the model answers with, and its schedule; the rest are defaults.
         loss: Defaults; nothing is trained.
     """
 
@@ -52,6 +55,7 @@ class GenerateRun:
     family: Any
     generate: GenerateConfig
     memory: MemoryConfig
+    guesses: tuple[str, ...] = ()
     flow: Any = None
     ddpm: Any = None
     loss: Any = None
@@ -82,7 +86,7 @@ def _run(argv: Sequence[str]) -> int:
     known = read_command_line(groups, argv)  # to find the family; its options are unknown words as yet
     name = _family_name(known)
     options = family_options(name)
-    groups = {"model": ModelConfig, "family": options.OPTIONS, "generate": GenerateConfig}
+    groups = {"model": ModelConfig, "family": options.OPTIONS, **options.GENERATE_GROUPS}
     if known.invocation.help:
         description = f"Pictures from prompts: the base model, with or without adapters ({options.TITLE})."
         print(help_text(groups, program="generate.py", description=description), end="")
@@ -94,6 +98,8 @@ def _run(argv: Sequence[str]) -> int:
     run = checked_run(name, command_line)
     if command_line.invocation.dry_run:
         print(f"model: {run.description.title}")
+        for guess in run.guesses:
+            print(f"warning: {guess}")
         for request in run.requests:
             print(dataclasses.asdict(request))
         print("nothing was loaded or written (--dry_run)")
@@ -142,7 +148,14 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         text_encoder_2_precision=generate.text_encoder_2_precision,
         text_encoder_3_precision=generate.text_encoder_3_precision,
     )
-    wrong = [*skip_layer_problems(generate, description), *encoder_problems(memory, description.text_encoders)]
+    objective = objective_groups(options, command_line, description)
+    said = [(declared, value) for group in groups.values() for declared, value in values_of(group)]
+    wrong = [
+        *stated_problems(said, description),
+        *(ddpm_problems(objective["ddpm"]) if "ddpm" in objective else ()),
+        *skip_layer_problems(generate, description),
+        *encoder_problems(memory, description.text_encoders),
+    ]
     if wrong:
         raise ConfigError("\n".join(wrong))
     return GenerateRun(
@@ -153,8 +166,33 @@ def checked_run(family_name: str, command_line: CommandLine) -> GenerateRun:
         family=family,
         generate=generate,
         memory=memory,
-        **{attribute: group() for attribute, group in options.OBJECTIVE_GROUPS.items()},
+        guesses=tuple(
+            told for name, told in description.unsure.items() if command_line.provenance.get(name, DEFAULT) == DEFAULT
+        ),
+        **objective,
     )
+
+
+def objective_groups(options: Any, command_line: CommandLine, description: ModelDescription) -> dict[str, Any]:
+    """The family's groups of training's objective: what generate.py can be told of them, and defaults for the rest.
+
+    Args:
+        options: The family's ``options`` module.
+        command_line: What was said.
+        description: What acts where nobody said it.
+    """
+    made = {}
+    for attribute, group in options.OBJECTIVE_GROUPS.items():
+        told = values_of(command_line.groups[attribute]) if attribute in command_line.groups else ()
+        values = {declared.name: value for declared, value in told}
+        unsaid = {name: own for name, own in description.defaults.items() if name in values and values[name] is None}
+        made[attribute] = group(**values | unsaid)
+    return made
+
+
+def values_of(group: Any) -> Iterator[tuple[Option, Any]]:
+    """The options of a group with their values."""
+    return ((declared, getattr(group, declared.name)) for declared in options_of(type(group)))
 
 
 def picture_requests(
@@ -191,7 +229,7 @@ def picture_requests(
     entries = typed_prompts("prompt", generate.prompt)
     if generate.sample_prompts is not None:
         entries += read_entries(generate.sample_prompts)
-    requests = make_requests(entries, sizes, seed=fallbacks["seed"], fallbacks=fallbacks)
+    requests = make_requests(entries, sizes, seed=fallbacks["seed"], samplers=own.samplers, fallbacks=fallbacks)
     check_previews(generate.preview_every, requests)
     return tuple(
         dataclasses.replace(request, seed=request.seed + number)

@@ -51,6 +51,8 @@ def make_pictures(run: GenerateRun) -> list[Path]:
     for name, warning in family.description.precision_warnings.items():
         if dtype == _DTYPES[name]:
             log.warning(warning)
+    for guess in run.guesses:
+        log.warning(guess)
     attention_function(run.memory.attention_backend)
     _check_adapters(options.network_weights, family)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from library.config.errors import ConfigError
 from library.config.sampling import SkipLayerGuidance
 from library.data.images import open_picture
-from library.diffusion.flow_matching import x_0_estimate
-from library.diffusion.samplers import SAMPLERS, Callback
-from library.families.protocols import ModelFamily, TextEncodingStrategy
+from library.diffusion.samplers import Callback
+from library.families.protocols import ModelFamily, SamplingPath, TextEncodingStrategy
 from library.io.atomic import atomic_path
-from library.records import NoisedLatents, Resolution, TensorRecord
+from library.randomness import torch_generator
+from library.records import Resolution, TensorRecord
 from library.sampling.prompts import PromptRequest, PromptText
 
 Settings = Mapping[str, str | int | float]
@@ -66,7 +66,7 @@ def generate(
     skip: SkipLayerGuidance | None = None,
     callback: Callback | None = None,
 ) -> tuple[Image.Image, dict[str, str | int | float]]:
-    """This makes one picture. The noise is drawn on the CPU, so a seed means the same picture on every device.
+    """This makes one picture. All noise is drawn on the CPU, so a seed means the same picture on every device.
 
     Args:
         family: The model's parts.
@@ -88,14 +88,18 @@ def generate(
     resolution = request.computed_at or request.resolution
     shape = (1, latent_format.channels, *latent_format.latent_size(resolution))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(device)  # (1, C, h, w)
-    sigmas = family.sampling_sigmas(request.steps, resolution)
     conditions = [texts[text].to(device, dtype) for text in request.texts]
-    guided = _GuidedDenoiser(family, denoiser, conditions, request.scale, skip, sigmas.tolist())
+    name = request.sampler or sampler or family.description.sampling.sampler
+    path = family.sampling_path(name, request.steps, resolution)
+    guided = _GuidedDenoiser(family, denoiser, conditions, request.scale, skip, path)
     if request.control is not None:
         guided.control = control_picture(request.control, resolution).to(device)
-    name = request.sampler or sampler or family.description.sampling.sampler
+
+    def fresh(step: int) -> Tensor:
+        return torch.randn(shape, generator=torch_generator(request.seed, "fresh noise", step))  # (1, C, h, w)
+
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        latents = SAMPLERS[name](guided, noise, sigmas, callback=callback)
+        latents = path.walk(guided, noise, fresh=fresh, callback=callback)
     if not latents.isfinite().all():
         raise ValueError(
             f"the latents of {request.prompt!r} (seed {request.seed}) are not finite in {dtype}; use bf16 or fp32"
@@ -119,31 +123,31 @@ class _GuidedDenoiser:
         conditions: Sequence[TensorRecord],
         scale: float,
         skip: SkipLayerGuidance | None,
-        sigmas: Sequence[float],
+        path: SamplingPath,
     ):
-        self.family, self.denoiser, self.scale, self.skip = family, denoiser, scale, skip
+        self.family, self.denoiser, self.scale, self.skip, self.path = family, denoiser, scale, skip, path
         self.positive = conditions[0]
         rows = [condition.rows(0).tensors() for condition in conditions]
         self.both = type(self.positive).stack(rows)  # the positive text, then the negative one if it acts
-        self.sigmas = list(sigmas)
+        self.levels = path.levels.tolist()
         self.control: Tensor | None = None
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        answers = self._velocity(x.expand(len(self.both), -1, -1, -1), sigma, self.both).float()
-        velocity = answers[:1]
+    def __call__(self, x: Tensor, level: float) -> Tensor:
+        answers = self._answer(x.expand(len(self.both), -1, -1, -1), level, self.both).float()
+        guided = answers[:1]
         if len(answers) == 2:
-            velocity = answers[1:] + self.scale * (answers[:1] - answers[1:])
-        if self.skip is not None and self.skip.acts(self.sigmas.index(sigma), len(self.sigmas) - 1):
+            guided = answers[1:] + self.scale * (answers[:1] - answers[1:])
+        if self.skip is not None and self.skip.acts(self.levels.index(level), len(self.levels) - 1):
             with self.family.skipping(self.denoiser, self.skip.layers):
-                without = self._velocity(x, sigma, self.positive).float()
-            velocity = velocity + self.skip.scale * (answers[:1] - without)
-        return x_0_estimate(x, velocity, sigma)
+                without = self._answer(x, level, self.positive).float()
+            guided = guided + self.skip.scale * (answers[:1] - without)
+        return self.path.estimate(x, guided, level)
 
-    def _velocity(self, x: Tensor, sigma: float, text: TensorRecord) -> Tensor:
-        noised = NoisedLatents(x_t=x, sigma=torch.full((len(x),), sigma, device=x.device))
+    def _answer(self, x: Tensor, level: float, text: TensorRecord) -> Tensor:
+        asked = self.path.asked(x, level)
         if self.control is not None:
-            noised = dataclasses.replace(noised, control=self.control.expand(len(x), -1, -1, -1))
-        return self.family.predict(self.denoiser, noised, text)
+            asked = dataclasses.replace(asked, control=self.control.expand(len(x), -1, -1, -1))
+        return self.family.predict(self.denoiser, asked, text)
 
 
 def control_picture(path: str, resolution: Resolution) -> Tensor:

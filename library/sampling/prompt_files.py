@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from library.config.config_file import read_toml
 from library.config.documents import MOST_TOML_BYTES, parse_json, read_text
 from library.config.errors import ConfigError, nearest_name
 from library.config.messages import name_shown, shown
-from library.config.sampling import SAMPLERS
+from library.config.samplers import SAMPLERS, parse_sampler
 
 _MOST_PROMPTS = 100_000
 _LONGEST_NAME = 150
@@ -62,14 +62,23 @@ def read_entries(path: str | Path) -> list[PromptEntry]:
     return entries
 
 
-def given_fields(entry: PromptEntry) -> dict[str, Any]:
+def given_fields(entry: PromptEntry, samplers: Sequence[str] = SAMPLERS) -> dict[str, Any]:
     """The fields of ``PromptRequest`` that an entry says.
+
+    Args:
+        entry: The entry.
+        samplers: Those that the model has.
 
     Raises:
         ConfigError: It says something that isn't understood.
     """
     said = entry.said
     given = _inline(said, entry.where) if isinstance(said, str) else _from_keys(said, entry.where)
+    if "sampler" in given and given["sampler"] not in samplers:
+        name = "--ss" if isinstance(said, str) else "sample_sampler"
+        raise ConfigError(
+            f"{entry.where}: {name}: expected one of {', '.join(samplers)}, got {shown(given['sampler'])}"
+        )
     return {**given, "name": _checked_name(entry)} if entry.name else given
 
 
@@ -135,12 +144,6 @@ def _number(value: Any) -> float:
     return number
 
 
-def _sampler(value: Any) -> str:
-    if not isinstance(value, str) or value not in SAMPLERS:
-        raise ValueError(f"one of {', '.join(SAMPLERS)}")
-    return str(value)
-
-
 _KEYS = {
     "prompt": _Key("prompt", _text),
     "negative_prompt": _Key("negative_prompt", _text),
@@ -150,7 +153,7 @@ _KEYS = {
     "sample_steps": _Key("steps", _whole(1, 1000)),
     "scale": _Key("scale", _number),
     "controlnet_image": _Key("control", _text),
-    "sample_sampler": _Key("sampler", _sampler),
+    "sample_sampler": _Key("sampler", lambda value: parse_sampler(_text(value))),
 }
 _INLINE = {
     "n": "negative_prompt",

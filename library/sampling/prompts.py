@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from library.config.errors import ConfigError
 from library.config.messages import shown
+from library.config.samplers import SAMPLERS
 from library.randomness import seed_for
 from library.records import Resolution, SamplingDefaults
 from library.sampling.binning import nearest_in_table
@@ -38,7 +39,7 @@ class PromptRequest:
         seed: Of the initial noise.
         steps: Sampling steps.
         scale: Classifier-free guidance; at 1 there is none, and the negative prompt has no effect.
-        sampler: One of ``library.config.sampling.SAMPLERS``; None leaves the choice to whoever draws it.
+        sampler: One of ``library.config.samplers.SAMPLERS``; None leaves the choice to whoever draws it.
         name: What a library of prompts calls it; empty: nothing.
         computed_at: The size that it is computed at, before it is resized and cropped; None: its own.
         control: The file of the control picture that a ControlNet steers it by; None: nothing steers.
@@ -149,6 +150,7 @@ def make_requests(
     sizes: SizeRules,
     *,
     seed: int,
+    samplers: Sequence[str] = SAMPLERS,
     fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
     steered: bool = False,
 ) -> list[PromptRequest]:
@@ -158,6 +160,7 @@ def make_requests(
         entries: The prompts.
         sizes: Which sizes pictures get.
         seed: Of the run; see ``complete``.
+        samplers: Those that the model has.
         fallbacks: Fields of ``PromptRequest`` for prompts that don't say them.
         steered: Whether a ControlNet steers them, each by its control picture.
 
@@ -167,7 +170,7 @@ def make_requests(
     requests, problems, unsized = [], [], not sizes.listed
     for index, entry in enumerate(entries):
         try:
-            given = given_fields(entry)
+            given = given_fields(entry, samplers)
             for side in ("width", "height"):
                 if side in given:
                     sizes.check(f"{entry.where}: {side}", given[side])

@@ -46,7 +46,7 @@ def requested_samples(
     entries = typed_prompts("validation_prompt", sampling.validation_prompt)
     if sampling.sample_prompts is not None:
         entries += read_entries(sampling.sample_prompts)
-    requests = make_requests(entries, sizes, seed=seed, fallbacks=fallbacks, steered=steered)
+    requests = make_requests(entries, sizes, seed=seed, samplers=own.samplers, fallbacks=fallbacks, steered=steered)
     check_previews(sampling.preview_every, requests)
     return requests
 

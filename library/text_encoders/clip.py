@@ -124,19 +124,19 @@ def encode_clip(encoder: "CLIPTextModelWithProjection", ids: Tensor, mask: Tenso
     return output.hidden_states[-2], output.text_embeds
 
 
-def encode_clip_layer(encoder: "CLIPTextModelWithProjection", ids: Tensor, from_end: int) -> Tensor:
+def encode_clip_layer(encoder: "CLIPTextModelWithProjection", ids: Tensor, layer: int) -> Tensor:
     """This runs CLIP on token ids, and puts the last norm after one of its layers.
 
     Args:
         encoder: From ``load_clip``.
         ids: Token ids (B, N).
-        from_end: Which layer, counted from the end; 1 is the last.
+        layer: Which layer, counted from the first, which is 1.
 
     Returns:
         (B, N, D).
     """
     text_model = encoder.text_model
     output = text_model(ids.to(text_model.embeddings.token_embedding.weight.device), output_hidden_states=True)
-    if from_end == 1:
+    if layer == text_model.config.num_hidden_layers:
         return output.last_hidden_state
-    return text_model.final_layer_norm(output.hidden_states[-from_end])
+    return text_model.final_layer_norm(output.hidden_states[layer])

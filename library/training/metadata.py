@@ -129,6 +129,7 @@ def _modelspec(run: Run, now: float, kind: str) -> dict[str, str]:
         "trigger_phrase": saving.metadata_trigger_phrase,
         "preprocessor": saving.metadata_preprocessor,
         "is_negative_embedding": saving.metadata_is_negative_embedding,
+        **description.specification,
     }
     return {f"modelspec.{key}": str(value) for key, value in values.items() if value is not None}
 

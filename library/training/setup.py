@@ -121,6 +121,8 @@ def set_up(config: RunConfig) -> tuple[Run, hooks.SampleTaker | None]:
         log.log(logging.WARNING if line.startswith(WARNING) else logging.INFO, line.removeprefix(WARNING))
     if warning := family.description.precision_warnings.get(precision.mixed):
         log.warning(warning)
+    for warning in config.model_warnings(family.description):
+        log.warning(warning)
     text = family.text_strategy()
     requests = sample_requests(config, family, seed)
     preparation = LatentPreparation(config, family, precision, accelerator)

@@ -41,7 +41,20 @@ def test_nothing_is_both_honoured_and_refused(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_names_exist(family):
-    assert set(RENAMED.values()) <= honoured(family)
+    assert set(RENAMED.values()) <= honoured(family) | set(family_options(family).UNSUPPORTED)
+
+
+def test_a_new_name_that_the_family_refuses_is_not_advised():
+    assert refused("sd")["flow_sigmoid_scale"] == refused("sd")["sigmoid_scale"]
+    assert refused("sd3")["flow_sigmoid_scale"] == "is called --sigmoid_scale here"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_options_of_every_other_family_are_honoured_or_refused(family):
+    for other in FAMILIES:
+        module = family_options(other)
+        names = canonical_names(all_options({"family": module.OPTIONS, **module.OBJECTIVE_GROUPS}))
+        assert not set(names) - honoured(family) - set(refused(family)), other
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from library.config.ddpm import DdpmConfig
+from library.config.ddpm import DdpmConfig, ddpm_problems
 from library.config.errors import ConfigError
 from library.config.loss import LossConfig
 from library.diffusion.ddpm import Ddpm, signal_fractions, timestep_of
@@ -188,9 +188,10 @@ def test_what_is_drawn_belongs_to_the_sample():
         ({"multires_noise_discount": 0.8}, "--multires_noise_discount changes --multires_noise_iterations"),
         ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength changes --ip_noise_gamma"),
         ({"min_timestep": 500, "max_timestep": 400}, "--min_timestep 500 must be below --max_timestep 400"),
-        ({"scale_v_pred_loss_like_noise_pred": True}, "is for models with --v_parameterization"),
-        ({"v_pred_like_loss": 0.1, "v_parameterization": True}, "is for models that predict the noise"),
-        ({"zero_terminal_snr": True}, "add --v_parameterization if the model predicts velocities"),
+        ({"min_snr_gamma": 0}, "--min_snr_gamma 0 weighs every loss by 0"),
+        ({"v_pred_like_loss": 0}, "--v_pred_like_loss 0 does nothing"),
+        ({"ip_noise_gamma": 0}, "--ip_noise_gamma 0 does nothing"),
+        ({"noise_offset": 0}, "--noise_offset 0 does nothing without --adaptive_noise_scale"),
     ],
 )
 def test_options_that_do_nothing_are_refused(options, told):
@@ -198,8 +199,23 @@ def test_options_that_do_nothing_are_refused(options, told):
         DdpmConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "velocity", "told"),
+    [
+        ({"scale_v_pred_loss_like_noise_pred": True}, (None, False), "--scale_v_pred_loss_like_noise_pred is for"),
+        ({"v_pred_like_loss": 0.1}, (True,), "--v_pred_like_loss 0.1 is for models that predict the noise"),
+        ({"zero_terminal_snr": True}, (None, False), "--zero_terminal_snr makes the last timestep pure noise"),
+    ],
+)
+def test_options_that_do_not_fit_what_the_model_predicts_are_refused(options, velocity, told):
+    for value in (None, False, True):
+        problems = ddpm_problems(DdpmConfig(**options, v_parameterization=value))
+        assert [problem.startswith(told) for problem in problems] == [True] * (value in velocity)
+
+
 def test_idle_options_are_named():
-    assert set(DdpmConfig(noise_offset=0.1).idle_options) == {
-        "multires_noise_discount",
-        "ip_noise_gamma_random_strength",
-    }
+    switches = {"noise_offset_random_strength", "zero_terminal_snr", "scale_v_pred_loss_like_noise_pred"}
+    switches |= {"ip_noise_gamma_random_strength", "debiased_estimation_loss"}
+    assert set(DdpmConfig(noise_offset=0.1).idle_options) == {"multires_noise_discount", *switches}
+    said = DdpmConfig(noise_offset=0.1, v_parameterization=False, noise_offset_random_strength=True).idle_options
+    assert set(said) == {"multires_noise_discount", "v_parameterization", *switches - {"noise_offset_random_strength"}}

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from library.config.sampling import SAMPLERS as SAMPLER_NAMES
+from library.config.samplers import FLOW_SAMPLERS
 from library.diffusion.samplers import SAMPLERS, dpmpp_2m, euler, heun
 
 MEAN, SPREAD = 0.3, 0.6
@@ -29,7 +29,7 @@ def gaussian_path(z: torch.Tensor, sigma: float) -> torch.Tensor:
     return (1 - sigma) * MEAN + width(sigma) * z
 
 
-@pytest.mark.parametrize("name", SAMPLER_NAMES)
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 28])
 def test_exact_for_a_constant_estimate(name, steps):
     target = torch.randn(2, 3, 4, 4)
@@ -64,7 +64,7 @@ def test_second_order_beats_first_order_down_to_zero():
     assert errors["heun"] < errors["euler"] / 3
 
 
-@pytest.mark.parametrize("name", SAMPLER_NAMES)
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
 def test_x_is_fp32_and_the_callback_sees_every_step(name):
     seen = []
 

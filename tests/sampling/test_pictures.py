@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.config.sampling import SkipLayerGuidance
+from library.diffusion.flow_path import FlowPath
 from library.diffusion.samplers import SAMPLERS
 from library.records import LatentFormat, NoisedLatents, TensorRecord
 from library.sampling.pictures import encode_prompts, generate, parameters_text, save_picture
@@ -56,9 +57,9 @@ class Family:
     asked: list = field(default_factory=list)
     skipped: tuple = ()
 
-    def sampling_sigmas(self, steps, resolution):
+    def sampling_path(self, sampler, steps, resolution):
         t = torch.linspace(1, 0, steps + 1)
-        return 3 * t / (1 + 2 * t)
+        return FlowPath(SAMPLERS[sampler], 3 * t / (1 + 2 * t))
 
     def predict(self, denoiser, noised: NoisedLatents, text: Text):
         self.asked.append((len(noised.x_t), self.skipped, noised.x_t.dtype, torch.is_autocast_enabled("cpu")))

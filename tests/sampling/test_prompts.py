@@ -105,7 +105,7 @@ def test_first_characters_of_the_text_are_no_option_either(tmp_path):
         ("a cat --s 1001", "--s: expected a whole number from 1 to 1000, got '1001'"),
         ("a cat --l high", "--l: expected a number of at least 0, got 'high'"),
         ("a cat --l nan", "--l: expected a number of at least 0"),
-        ("a cat --ss ddim", "--ss: expected one of euler, heun, dpmpp_2m, got 'ddim'"),
+        ("a cat --ss dpm_2", "--ss: expected one of euler, heun, dpmpp_2m, ddim, euler_a, unipc, got 'dpm_2'"),
         ("a cat --w 72", "line 2: width 72 isn't a multiple of 16; the nearest are 64 and 80"),
         ("a cat --h 8", "line 2: height 8 isn't a multiple of 16; the nearest are 16"),
         ("a cat --w 64 --w 64", "--w stands twice"),

@@ -14,6 +14,8 @@ from library.config.errors import ConfigError
 from library.config.flow import FlowConfig
 from library.config.full import PARTS
 from library.diffusion.flow_matching import FlowMatching
+from library.diffusion.flow_path import FlowPath
+from library.diffusion.samplers import SAMPLERS
 from library.diffusion.timesteps import shift
 from library.families.protocols import Modulation
 from library.families.sana.adapter_targets import adapter_targets
@@ -148,6 +150,10 @@ class SanaFamily:
         """None: one layer makes the vectors of all blocks."""
         return Modulation([], [])
 
+    def sampling_path(self, sampler: str, steps: int, resolution: Resolution) -> FlowPath:
+        """Through ``sampling_sigmas``, with any sampler."""
+        return FlowPath(SAMPLERS[sampler], self.sampling_sigmas(steps, resolution))
+
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The noise levels of diffusers' flow schedule (steps + 1,), from a little below 1 to 0, fp32.
 
@@ -238,4 +244,4 @@ def with_own_shift(flow: FlowConfig, description: ModelDescription) -> FlowConfi
     """The noise levels with the model's published shift where nobody gave one."""
     if flow.training_shift is not None or flow.flow_schedule_auto_shift:
         return flow
-    return dataclasses.replace(flow, training_shift=description.defaults["training_shift"])
+    return dataclasses.replace(flow, training_shift=float(description.defaults["training_shift"]))

@@ -6,6 +6,7 @@ from typing import ClassVar
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.config.options import option, redeclared
+from library.config.picture_groups import FlowGenerateConfig, FlowSamplingConfig
 from library.records import LatentFormat
 
 IMAGE_SIZES = ("512", "1024", "2048", "4096")
@@ -88,6 +89,7 @@ class SanaFlowConfig(FlowConfig):
 
 OPTIONS = SanaOptions
 OBJECTIVE_GROUPS = {"flow": SanaFlowConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
 SCRIPTS = {"adapter": "sana_train_network", "full": "sana_train"}
 """What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Sana / Sana-1.5"
@@ -122,6 +124,8 @@ UNSUPPORTED: dict[str, str] = {
     "apply_t5_attn_mask": "Gemma never sees padding. Remove it",
     "clip_l_dropout_rate": _NO_CLIP,
     "clip_g_dropout_rate": _NO_CLIP,
+    "sd3_clip_uncond_behaviour": _NO_CLIP,
+    "sd3_t5_uncond_behaviour": _NO_CLIP,
     "t5_dropout_rate": "Sana has one text encoder. Use --caption_dropout_rate, or remove it",
     "pos_emb_random_crop_rate": _NO_TABLE,
     "enable_scaled_pos_embed": _NO_TABLE,

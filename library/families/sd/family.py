@@ -1,6 +1,8 @@
 """Stable Diffusion 1.x and 2.x as the trainer sees them (Rombach et al. 2022, arXiv:2112.10752)."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,18 @@ from torch import Tensor, nn
 
 from library.config.errors import ConfigError
 from library.diffusion.ddpm import Ddpm, timestep_of
+from library.diffusion.ddpm_path import DdpmPath, ddpm_path
 from library.families.protocols import Modulation
 from library.families.sd.adapter_targets import adapter_targets
 from library.families.sd.checkpoint import check_weights, load_text_encoder, load_unet, load_vae, read_unet_config
 from library.families.sd.control_net import ControlNet, steer
 from library.families.sd.control_net_weights import load_control_net, save_control_net
 from library.families.sd.export import save_single
-from library.families.sd.files import SdFiles, describe, locate
+from library.families.sd.files import UNSKIPPABLE, SdFiles, describe, locate
 from library.families.sd.latents import SdLatentStrategy
 from library.families.sd.options import SdOptions
-from library.families.sd.sizes import unet_sizes
+from library.families.sd.predictions import own_prediction
+from library.families.sd.sizes import unet_sizes, used_layers
 from library.families.sd.text import SdText, SdTextStrategy
 from library.families.sd.tokenizers import load_tokenizer
 from library.families.sd.unet import UNetConfig
@@ -29,9 +33,6 @@ from library.nn.attention import AttentionShape, attention_function
 from library.randomness import Draws
 from library.records import AdapterTargets, ModelDescription, NoisedLatents, Resolution, TensorRecord
 from library.text_encoders.tokenizers import TokenizerPlaces, tokenizer_places
-
-LAYER_OF_V1, LAYER_OF_V2 = 1, 2
-"""The text encoder's layer that each generation was trained with, counted from the end."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class SdFamily:
         """The strategy with the tokenizer loaded."""
         is_v2 = self.files.is_v2
         tokenizer = load_tokenizer(self.tokenizers, self.options, is_v2=is_v2)
-        layer = self.options.clip_skip or (LAYER_OF_V2 if is_v2 else LAYER_OF_V1)
+        layer = used_layers(self.files.clip) + 1 - (self.options.clip_skip or 1)
         return SdTextStrategy(tokenizer, layer, part_identity(self.files.clip))
 
     def load_text_encoders(
@@ -152,6 +153,21 @@ class SdFamily:
         """None: a residual block sees the timestep alone, through a layer that is small beside its convolutions."""
         return Modulation([], [])
 
+    def sampling_path(self, sampler: str, steps: int, resolution: Resolution) -> DdpmPath:
+        """The way of diffusers' scheduler of that name, at every resolution."""
+        ddpm = self.objective.ddpm
+        return ddpm_path(
+            sampler, steps, v_parameterization=bool(ddpm.v_parameterization), zero_terminal_snr=ddpm.zero_terminal_snr
+        )
+
+    def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """Not possible here.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"no stage can be left out: {UNSKIPPABLE}")
+
     def attention_shape(self, resolution: Resolution) -> AttentionShape:
         """The image's look at itself on the first level, where it has the most positions."""
         heads = self.denoiser.heads(self.denoiser.width)
@@ -186,13 +202,14 @@ def create(config: Any) -> SdFamily:
     files = locate(model, options)
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
+    velocity = own_prediction(config.ddpm, files.v_prediction)
     return SdFamily(
         files=files,
         options=options,
         denoiser=read_unet_config(files),
-        description=describe(files, options),
+        description=describe(files, options, v_prediction=velocity),
         latents=SdLatentStrategy(part_identity(files.vae)),
-        objective=Ddpm(config.ddpm, config.loss),
+        objective=Ddpm(dataclasses.replace(config.ddpm, v_parameterization=velocity), config.loss),
         adapter_targets=adapter_targets(),
         tokenizers=tokenizer_places(model),
         attention=config.memory.attention_backend,

@@ -10,9 +10,11 @@ from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.config.model import ModelConfig
+from library.config.samplers import DDPM_SAMPLERS
 from library.families.sd.options import SdOptions
 from library.families.sd.parts import COMPONENTS, LAYOUT
-from library.families.sd.sizes import UNetSizes, clip_sizes, unet_sizes, vae_sizes
+from library.families.sd.predictions import prediction_defaults, specification
+from library.families.sd.sizes import UNetSizes, clip_sizes, unet_sizes, used_layers, vae_sizes
 from library.io.parts import Part
 from library.records import ModelDescription, Resolution, SamplingDefaults
 
@@ -20,7 +22,14 @@ _IMPLEMENTATION = "https://github.com/Stability-AI/stablediffusion"
 _FIRST_IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"
 _READERS: Mapping[str, Callable[[Part], Any]] = {"denoiser": unet_sizes, "vae": vae_sizes, "clip": clip_sizes}
 _NATIVE_SIDE, _V_NATIVE_SIDE = 512, 768
+_FIRST_ARCHITECTURE = "stable-diffusion-v1"
+_ARCHITECTURE, _V_ARCHITECTURE = "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"
 _PREDICTIONS = {"epsilon": False, "v_prediction": True}
+
+UNSKIPPABLE = "its stages change the size or the number of the features that pass through them"
+"""Why none of them can be left out of the U-Net."""
+
+SAMPLING_DEFAULTS = SamplingDefaults(sampler="ddim", samplers=DDPM_SAMPLERS, steps=30, scale=7.5)
 
 
 @dataclass(frozen=True)
@@ -75,22 +84,26 @@ def locate(model: ModelConfig, options: SdOptions) -> SdFiles:
     )
 
 
-def describe(files: SdFiles, options: SdOptions | None = None) -> ModelDescription:
+def describe(files: SdFiles, options: SdOptions | None = None, *, v_prediction: bool | None = None) -> ModelDescription:
     """This says which model the files are.
 
     Args:
         files: From ``locate``.
         options: The family's options; None: their defaults.
+        v_prediction: Whether it is taken to predict velocities; None: what the files say.
     """
     options = options or SdOptions()
     sizes, clip = unet_sizes(files.denoiser), clip_sizes(files.clip)
     title = "Stable Diffusion 2.x" if files.is_v2 else "Stable Diffusion 1.x"
-    side = _V_NATIVE_SIDE if files.v_prediction else _NATIVE_SIDE
+    velocity = bool(files.v_prediction if v_prediction is None else v_prediction)
+    side = _V_NATIVE_SIDE if velocity else _NATIVE_SIDE
     tokens = int(options.max_token_length) + 2
+    own = prediction_defaults(files.denoiser.title, is_v2=files.is_v2, v_prediction=files.v_prediction)
     return ModelDescription(
         title=title,
-        architecture="stable-diffusion-v2" if files.is_v2 else "stable-diffusion-v1",
-        base_model_version="sd_v2" if files.is_v2 else "sd_v1",
+        architecture=(_V_ARCHITECTURE if velocity else _ARCHITECTURE) if files.is_v2 else _FIRST_ARCHITECTURE,
+        base_model_version=("sd_v2" if files.is_v2 else "sd_v1") + ("_v" if velocity else ""),
+        specification=specification(options, velocity=velocity),
         parameters=_numbers(files.denoiser),
         sizes={
             "width": sizes.width,
@@ -105,7 +118,11 @@ def describe(files: SdFiles, options: SdOptions | None = None) -> ModelDescripti
         trainable_text_encoders=("clip",),
         save_layouts={"safetensors": PARTS, "diffusers": PARTS},
         text_numbers=tokens * clip.width,
-        sampling=SamplingDefaults(sampler="euler", steps=28, scale=7.5),
+        defaults=own.defaults,
+        stated=own.stated,
+        unsure=own.unsure,
+        unskippable=UNSKIPPABLE,
+        sampling=SAMPLING_DEFAULTS,
     )
 
 
@@ -139,8 +156,11 @@ def _search(model: ModelConfig, options: SdOptions) -> tuple[dict[str, Part], li
         except ConfigError as error:
             wrong.append(f"{COMPONENTS[name].option}: {error}" if named.get(name) else str(error))
     unet, clip = sizes.get("denoiser"), sizes.get("clip")
-    if unet is not None and options.v2 and not unet.is_v2:
-        wrong.append(f"--v2: {parts['denoiser'].title} is Stable Diffusion 1.x; remove it")
+    if unet is not None and options.v2 is not None and options.v2 != unet.is_v2:
+        word, found = ("--v2", "1.x") if options.v2 else ("--no-v2", "2.x")
+        wrong.append(f"{word}: {parts['denoiser'].title} is Stable Diffusion {found}; remove it")
+    if clip is not None and unet is not None and (options.clip_skip or 1) > (most := used_layers(parts["clip"])):
+        wrong.append(f"--clip_skip {options.clip_skip}: {parts['clip'].title} has {most} layers; at most {most}")
     if unet is not None and clip is not None and unet.context_width != clip.width:
         wrong.append(
             f"{parts['clip'].title} holds a text encoder of width {clip.width}; the U-Net takes {unet.context_width}"

@@ -20,6 +20,9 @@ HEAD_DIM = 64
 """Width of a head in 2.x."""
 
 _LATENT_CHANNELS = 4
+_USED_OF_VIT_H = {24: 23, 23: 23}
+"""Layers that a file of OpenCLIP ViT-H holds -> those that 2.x was trained with. Some write 23 in its spelling."""
+
 _KINDS = {
     8: "an upscaler's or an image-editing U-Net (8 channels)",
     9: "an inpainting U-Net (9 channels)",
@@ -152,6 +155,20 @@ def clip_sizes(part: Part) -> ClipSizes:
     sizes = ClipSizes(last_number(part, layer) + 1, width)
     check_names(part, names_in_layout(open_clip_key_maps(depth=sizes.depth), part.layout))
     return sizes
+
+
+def used_layers(part: Part) -> int:
+    """How many layers of a text encoder the model was trained with, counted from the first.
+
+    OpenCLIP's files hold one more at the end, which 2.x never used; diffusers' folders leave it out.
+
+    Args:
+        part: The text encoder, in transformers' or OpenCLIP's spelling.
+    """
+    depth = clip_sizes(part).depth
+    if depth in _USED_OF_VIT_H:
+        return _USED_OF_VIT_H[depth]
+    return depth - 1 if part.layout == "single" else depth
 
 
 def _single_levels(part: Part) -> list[list[int]]:

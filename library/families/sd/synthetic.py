@@ -9,8 +9,8 @@ from library.config.ddpm import DdpmConfig
 from library.config.loss import LossConfig
 from library.diffusion.ddpm import Ddpm
 from library.families.sd.adapter_targets import adapter_targets
-from library.families.sd.family import LAYER_OF_V1, SdFamily
-from library.families.sd.files import SdFiles
+from library.families.sd.family import SdFamily
+from library.families.sd.files import SAMPLING_DEFAULTS, UNSKIPPABLE, SdFiles
 from library.families.sd.latents import SdLatentStrategy
 from library.families.sd.options import SdOptions
 from library.families.sd.text import SdText, SdTextStrategy
@@ -53,6 +53,8 @@ def synthetic_family(
             sizes={"width": sizes.width},
             native_resolution=Resolution(512, 512),
             blocks=len(unet.stages),
+            unskippable=UNSKIPPABLE,
+            sampling=SAMPLING_DEFAULTS,
         ),
         latents=SdLatentStrategy("random"),
         objective=Ddpm(ddpm or DdpmConfig(), loss or LossConfig()),
@@ -65,7 +67,7 @@ def synthetic_family(
 
 def synthetic_strategy(family: SdFamily) -> SdTextStrategy:
     """The family's text strategy without a tokenizer: it drops, but can't tokenize."""
-    return SdTextStrategy(cast(SdTokenizer, None), LAYER_OF_V1, "random")
+    return SdTextStrategy(cast(SdTokenizer, None), 1, "random")
 
 
 def meta_denoiser(sizes: UNetConfig, attention: str = "sdpa") -> UNet:

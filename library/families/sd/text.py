@@ -47,7 +47,7 @@ class SdTextStrategy:
 
     Attributes:
         tokenizer: With its chunks.
-        layer: Which layer's features are taken, counted from the end; 1 is the last.
+        layer: Which layer's features are taken, counted from the first, which is 1.
         clip: Identity of the encoder's weights.
     """
 
@@ -58,7 +58,7 @@ class SdTextStrategy:
     def signature(self) -> Mapping[str, str]:
         """Every setting that changes the stored features, save the type that the encoder computes in."""
         return {
-            "features": "sd text 1",
+            "features": "sd text 2",
             "clip": self.clip,
             "tokenizer": self.tokenizer.identity(),
             "layer": str(self.layer),

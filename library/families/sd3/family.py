@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from library.config.errors import ConfigError
 from library.config.full import PARTS
 from library.diffusion.flow_matching import FlowMatching
+from library.diffusion.flow_path import FlowPath
+from library.diffusion.samplers import SAMPLERS
 from library.diffusion.timesteps import shift
 from library.families.protocols import Modulation
 from library.families.sd3 import position_table
@@ -187,6 +189,10 @@ class Sd3Family:
         streams = [stream for block in mmdit.joint_blocks for stream in (block.context_block, block.x_block)]
         layers = [part.adaLN_modulation for part in (*streams, mmdit.final_layer)]
         return Modulation(layers, [mmdit.t_embedder, mmdit.y_embedder])
+
+    def sampling_path(self, sampler: str, steps: int, resolution: Resolution) -> FlowPath:
+        """Through ``sampling_sigmas``, with any sampler."""
+        return FlowPath(SAMPLERS[sampler], self.sampling_sigmas(steps, resolution))
 
     def sampling_sigmas(self, steps: int, resolution: Resolution) -> Tensor:
         """The reference's noise levels (steps + 1,), from 1 down to 0, fp32, at every resolution.

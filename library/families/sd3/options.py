@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.config.flow import FlowConfig
 from library.config.loss import LossConfig
 from library.config.options import option
+from library.config.picture_groups import FlowGenerateConfig, FlowSamplingConfig
 from library.records import LatentFormat
 
 
@@ -109,6 +110,7 @@ class Sd3Options:
 
 OPTIONS = Sd3Options
 OBJECTIVE_GROUPS = {"flow": FlowConfig, "loss": LossConfig}
+SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
 SCRIPTS = {"adapter": "sd3_train_network", "full": "sd3_train"}
 """What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Stable Diffusion 3 / 3.5"
@@ -145,5 +147,10 @@ UNSUPPORTED: dict[str, str] = {
     "t5xxl_dtype": "T5 runs in the type of --mixed_precision. Remove it",
     "save_clip": _SAVED_ENCODERS,
     "save_t5xxl": _SAVED_ENCODERS,
+    "gemma": "SD3 has no Gemma: CLIP and T5 read the captions. Remove it",
+    "sana_image_size": "it is for Sana. Use resolution in the dataset TOML, or remove it",
+    "sana_prompt_prefix": "it is for Sana. Use caption_prefix in the dataset TOML, or remove it",
+    "sana_lower_case": "CLIP's tokenizers lower-case by themselves, and T5 tells capitals apart. Remove it",
+    "sana_max_token_length": "use --t5xxl_max_token_length, or remove it",
 }
 """Option of other trainers or families -> the end of ``--name does nothing for sd3: ...``."""

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from library.families.sd.checkpoint import (
 )
 from library.families.sd.files import describe, locate, problems
 from library.families.sd.options import SdOptions
+from library.families.sd.sizes import used_layers
+from library.io.part_shapes import names_in_layout
 from library.nn.attention import sdpa
+from library.text_encoders.open_clip import open_clip_key_maps
 from tests.families.sd.conftest import TINY_VAE
 
 FP32 = {"device": "cpu", "dtype": torch.float32}
@@ -66,16 +70,65 @@ def test_the_description_names_the_generation(tiny_sd, model_path):
 
 
 def test_a_folder_says_what_the_model_predicts(tiny_sd, tmp_path):
-    files = located(tiny_sd.folder(tmp_path / "v", prediction="v_prediction"))
-    assert files.v_prediction is True and describe(files).native_resolution.width == 768
+    folder, single = tmp_path / "v", tmp_path / "file.safetensors"
+    files = located(tiny_sd.folder(folder, prediction="v_prediction"))
+    described = describe(files)
+    assert files.v_prediction is True and described.native_resolution.width == 768
+    assert described.defaults["v_parameterization"] is True and not described.unsure
+    told = described.stated["v_parameterization"]
+    assert str(folder) in told and told.endswith("say that it predicts velocities (v_prediction)")
     assert located(tiny_sd.folder(tmp_path / "noise")).v_prediction is False
-    assert located(tiny_sd.single_file(tmp_path / "file.safetensors")).v_prediction is None
+    silent = describe(located(tiny_sd.single_file(single)))
+    assert located(single).v_prediction is None and not silent.stated
+    assert silent.defaults["v_parameterization"] is False
+    guessed = silent.unsure.get("v_parameterization", "")
+    assert guessed.startswith(f"{single} is Stable Diffusion 2.x and does not say what it predicts") is tiny_sd.is_v2
+    assert "add --v_parameterization, else --no-v_parameterization" in guessed or not tiny_sd.is_v2
+
+
+def test_saved_files_name_the_generation_and_what_it_predicts(tiny_sd, tmp_path):
+    files = located(tiny_sd.single_file(tmp_path / "model.safetensors"))
+    said = {}
+    for velocity in (None, True):
+        made = describe(files, SdOptions(clip_skip=2), v_prediction=velocity)
+        said[velocity] = (made.base_model_version, made.architecture, made.specification["prediction_type"])
+        assert made.specification["encoder_layer"] == "2"
+    first = {None: ("sd_v1", "stable-diffusion-v1", "epsilon"), True: ("sd_v1_v", "stable-diffusion-v1", "v")}
+    second = {
+        None: ("sd_v2", "stable-diffusion-v2-512", "epsilon"),
+        True: ("sd_v2_v", "stable-diffusion-v2-768-v", "v"),
+    }
+    assert said == (second if tiny_sd.is_v2 else first)
+    assert describe(files).specification == {"prediction_type": "epsilon"}
 
 
 def test_v2_of_a_first_generation_model_is_refused(tiny_sd, tmp_path):
     path = tiny_sd.single_file(tmp_path / "model.safetensors")
-    told = wrong(path, v2=True)
-    assert told == ([] if tiny_sd.is_v2 else [f"--v2: {path} is Stable Diffusion 1.x; remove it"])
+    told = wrong(path, v2=True), wrong(path, v2=False), wrong(path)
+    first, second = (
+        [f"--v2: {path} is Stable Diffusion 1.x; remove it"],
+        [f"--no-v2: {path} is Stable Diffusion 2.x; remove it"],
+    )
+    assert told == (([], second, []) if tiny_sd.is_v2 else (first, [], []))
+    assert describe(located(path)).defaults.get("v2", False) is tiny_sd.is_v2
+
+
+def test_the_layer_that_the_second_generation_was_trained_without_does_not_count(tiny_sd, tmp_path):
+    """OpenCLIP's files have it, diffusers' folders don't."""
+    single = located(tiny_sd.single_file(tmp_path / "model.safetensors"))
+    assert used_layers(single.clip) == (2 if tiny_sd.is_v2 else 3)
+    folder = located(tiny_sd.folder(tmp_path / "folder"))
+    assert used_layers(folder.clip) == 3
+    (told,) = wrong(tmp_path / "folder", clip_skip=4)
+    assert told.startswith("--clip_skip 4: ") and told.endswith("has 3 layers; at most 3")
+    assert wrong(tmp_path / "folder", clip_skip=3) == []
+
+
+@pytest.mark.parametrize(("layout", "depth", "used"), [("single", 24, 23), ("single", 23, 23), ("diffusers", 23, 23)])
+def test_published_encoders_of_the_second_generation_have_23_layers_in_use(layout, depth, used):
+    shapes = {name: (8, 8) for name in names_in_layout(open_clip_key_maps(depth=depth), layout)}
+    part = SimpleNamespace(layout=layout, shapes=shapes, names=shapes.keys(), title="clip")
+    assert used_layers(part) == used
 
 
 def test_other_unets_are_refused_by_their_task(tiny_sd, tmp_path):

@@ -11,6 +11,7 @@ from library.text_encoders.clip import load_clip
 from library.text_encoders.tokenizers import TokenizerPlaces
 from tools.miniature_tokenizers import CLIP_END, WORDS, clip_vocabulary_size, write_clip_tokenizer
 
+DEPTH = 4
 LONG = " ".join(WORDS[index % len(WORDS)] for index in range(200))
 
 
@@ -22,7 +23,8 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def transformers_encoder():
+    """transformers' own model, with random weights that tell layers apart."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -30,14 +32,23 @@ def encoder():
         vocab_size=clip_vocabulary_size(),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=DEPTH,
         num_attention_heads=1,
         bos_token_id=0,
         eos_token_id=2,
     )
+    model = CLIPTextModel(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def encoder(transformers_encoder):
+    """Ours, with the same weights."""
     weights = {
-        f"text_model.{name.removeprefix('text_model.')}": torch.randn_like(value) * 0.3
-        for name, value in CLIPTextModel(config).state_dict().items()
+        f"text_model.{name.removeprefix('text_model.')}": value
+        for name, value in transformers_encoder.state_dict().items()
         if not name.endswith("position_ids")
     }
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
@@ -45,7 +56,7 @@ def encoder():
     return load_clip(iter(weights.items()), shapes, **made)
 
 
-def strategy(places, *, layer=1, is_v2=False, **options):
+def strategy(places, *, layer=DEPTH, is_v2=False, **options):
     return SdTextStrategy(load_tokenizer(places, SdOptions(**options), is_v2=is_v2), layer, "an encoder")
 
 
@@ -85,19 +96,43 @@ def test_features_are_those_of_the_chunks_in_a_row(places, encoder):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("layer", [4, 3, 2])
 def test_a_layer_before_the_last_is_followed_by_the_last_norm(places, encoder, layer):
     """As a model with fewer layers would answer, which is how diffusers skips layers."""
     text = strategy(places, layer=layer)
     tokens = text.tokenize(["a red circle", "blue"])
     context = text.encode({"clip": encoder}, tokens).context
     layers = encoder.text_model.encoder.layers
-    kept, encoder.text_model.encoder.layers = layers, layers[: len(layers) - layer + 1]
+    kept, encoder.text_model.encoder.layers = layers, layers[:layer]
     try:
         expected = encoder.text_model(tokens.ids[:, 0]).last_hidden_state
     finally:
         encoder.text_model.encoder.layers = kept
     assert torch.allclose(context, expected, atol=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("layer", [4, 3, 2])
+@pytest.mark.parametrize(("length", "chunks"), [("75", 1), ("150", 2), ("225", 3)])
+def test_layers_and_chunks_are_those_of_transformers(places, encoder, transformers_encoder, layer, length, chunks):
+    """One chunk and one caption at a time: hidden_states counts the embeddings as 0, and lacks the last norm."""
+    text = strategy(places, layer=layer, max_token_length=length)
+    captions = [LONG, "a red circle", ""]
+    tokens = text.tokenize(captions)
+    context = text.encode({"clip": encoder}, tokens).context
+    assert context.shape == (3, chunks * 75 + 2, 64)
+    for row in range(len(captions)):
+        positions = []
+        for chunk in range(chunks):
+            output = transformers_encoder(tokens.ids[row : row + 1, chunk], output_hidden_states=True)
+            features = norm_of(transformers_encoder)(output.hidden_states[layer])[0]
+            positions += [features[:1]] * (chunk == 0) + [features[1:76]] + [features[76:]] * (chunk == chunks - 1)
+        torch.testing.assert_close(context[row], torch.cat(positions), atol=1e-5, rtol=1e-5)
+
+
+def norm_of(encoder):
+    """transformers' last norm, wherever a version keeps it."""
+    return next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
 
 
 def test_weights_multiply_the_features_of_their_tokens(places, encoder):
