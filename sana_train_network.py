@@ -9,4 +9,4 @@ import sys
 from library.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("sana", network=True))
+    sys.exit(main("sana", job="adapter"))

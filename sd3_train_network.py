@@ -9,4 +9,4 @@ import sys
 from library.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("sd3", network=True))
+    sys.exit(main("sd3", job="adapter"))

@@ -9,4 +9,4 @@ import sys
 from library.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("sd", network=True))
+    sys.exit(main("sd", job="adapter"))

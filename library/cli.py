@@ -36,34 +36,44 @@ class Script(NamedTuple):
 
     Attributes:
         family: The model family's name in the registry.
-        network: Whether adapters are trained, or the model itself.
+        job: What it trains, one of ``library.config.run.JOBS``.
     """
 
     family: str
-    network: bool
+    job: str
 
     @property
     def name(self) -> str:
         """Its file name without the ending."""
-        options = family_options(self.family)
-        return options.NETWORK_SCRIPT if self.network else options.FULL_SCRIPT
+        return str(family_options(self.family).SCRIPTS[self.job])
+
+    @property
+    def about(self) -> str:
+        """What it does, in one sentence."""
+        return f"{_ABOUT[self.job]} {family_options(self.family).TITLE}."
 
     @property
     def groups(self) -> dict[str, type]:
         """Its option groups, see ``training_groups``."""
-        return training_groups(family_options(self.family), network=self.network)
+        return training_groups(family_options(self.family), job=self.job)
 
 
-SCRIPTS = {script.name: script for family in FAMILIES for script in (Script(family, True), Script(family, False))}
+SCRIPTS = {name: Script(family, job) for family in FAMILIES for job, name in family_options(family).SCRIPTS.items()}
 """The training scripts by name."""
 
+_ABOUT = {
+    "adapter": "Adapters (LoRA and others) on",
+    "full": "Full fine-tuning of",
+    "control_net": "ControlNets, which steer by a picture, for",
+}
 
-def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> int:
+
+def main(family: str, *, job: str, argv: Sequence[str] | None = None) -> int:
     """This runs a training script: parse, check everything, then train.
 
     Args:
         family: The model family's name in the registry.
-        network: Whether adapters are trained, or the model itself.
+        job: What is trained, one of ``library.config.run.JOBS``.
         argv: The arguments after the script's name; by default the process's own.
 
     Returns:
@@ -71,7 +81,7 @@ def main(family: str, *, network: bool, argv: Sequence[str] | None = None) -> in
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = _run(Script(family, network), arguments)
+        code = _run(Script(family, job), arguments)
     except ConfigError as error:
         _print_late_errors(str(error).splitlines())
         return WRONG_USAGE
@@ -93,9 +103,7 @@ def _leave_processes() -> None:
 def _run(script: Script, arguments: Sequence[str]) -> int:
     command_line = read_command_line(script.groups, arguments, refusals=refused_options(script.family))
     if command_line.invocation.help:
-        job = "Adapters (LoRA and others) on" if script.network else "Full fine-tuning of"
-        about = f"{job} {family_options(script.family).TITLE}."
-        print(help_text(script.groups, program=f"{script.name}.py", description=about), end="")
+        print(help_text(script.groups, program=f"{script.name}.py", description=script.about), end="")
         return 0
     if command_line.invocation.version:
         print(f"atelier {VERSION}")
@@ -167,11 +175,12 @@ def checked_configuration(script: Script, command_line: CommandLine) -> tuple[Ru
     if description is not None:
         config = config.with_model_defaults(description)
         problems += config.model_problems(description)
+    how: dict[str, Any] = {"resolution_step": step, "seed": 0, "steered": config.control_net is not None}
     if description is not None:
         sampled = description
-        checked(lambda: requested_samples(config.sampling, sampled, resolution_step=step, seed=0), None)
+        checked(lambda: requested_samples(config.sampling, sampled, **how), None)
     elif prompts := config.sampling.sample_prompts:
-        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, resolution_step=step, seed=0), None)
+        checked(lambda: read_prompts(prompts, native_resolution=_ANY_SIZE, **how), None)
     # What follows from an option that was refused already would only confuse
     blamed = re.compile("|".join(rf"--{name}\b" for name in command_line.unusable) or "(?!)")
     new = [problem for problem in problems if not blamed.search(problem)]

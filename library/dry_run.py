@@ -93,6 +93,7 @@ def scan_data(
         skip_bad_images=skip_bad_images or config.data.skip_bad_images,
         validation_seed=seed if config.data.validation_seed is None else config.data.validation_seed,
         decode=not config.caching.cache_latents,
+        steered=config.control_net is not None,
         near_duplicates=config.data.report_near_duplicates,
         progress=progress,
     )

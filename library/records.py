@@ -55,6 +55,8 @@ class Sample(NamedTuple):
         mask: The file of its loss mask; None: it has none, or its own transparency is the mask.
         mask_content: Hash of that file's bytes; empty without one.
         focus: Centre and size of a face (x, y, width, height) in pixels of the upright picture, for crops around it.
+        control: The file of its control picture, by which a ControlNet steers; None: it has none.
+        control_content: Hash of that file's bytes; empty without one.
     """
 
     key: str
@@ -69,6 +71,8 @@ class Sample(NamedTuple):
     mask: str | None = None
     mask_content: str = ""
     focus: tuple[int, int, int, int] | None = None
+    control: str | None = None
+    control_content: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,12 +156,14 @@ class NoisedLatents:
         sigma: The noise level, 1 is pure noise (B,), fp32.
         x_0: The clean, normalised latents (B, C, h, w); None while sampling.
         noise: The noise in ``x_t`` (B, C, h, w); None while sampling.
+        control: The pictures that a ControlNet steers by (B, 3, H, W) in 0..1; None: nothing steers.
     """
 
     x_t: "Tensor"
     sigma: "Tensor"
     x_0: "Tensor | None" = None
     noise: "Tensor | None" = None
+    control: "Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,7 @@ class Batch:
         mask: Weight of the loss (B, 1, h, w) in 0..1, or None: 1 everywhere.
         taught: Rows whose target is the base model's own answer (B,), bool; None: no row is.
         prior: Rows that are regularisation pictures, ``Sample.is_reg`` (B,), bool; None: no row is.
+        control: The pictures that a ControlNet steers by (B, 3, H, W) in 0..1, or None.
     """
 
     keys: tuple[str, ...]
@@ -235,6 +242,7 @@ class Batch:
     mask: "Tensor | None" = None
     taught: "Tensor | None" = None
     prior: "Tensor | None" = None
+    control: "Tensor | None" = None
 
     def __len__(self) -> int:
         return len(self.keys)

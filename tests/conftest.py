@@ -37,14 +37,19 @@ class Trainer:
     photos: Path
     folder: Path
     family: str = "sd3"
-    network: bool = True
+    job: str = "adapter"
 
     @property
     def script(self) -> str:
         """Its file name."""
         from library.cli import Script
 
-        return f"{Script(self.family, self.network).name}.py"
+        return f"{Script(self.family, self.job).name}.py"
+
+    @property
+    def network(self) -> bool:
+        """Whether it trains adapters."""
+        return self.job == "adapter"
 
     def arguments(self, output: str, **options) -> list[str]:
         """The command line: enough defaults to train, changed and extended by ``options`` (None removes one)."""
@@ -95,7 +100,7 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         try:
-            return main(self.family, network=self.network, argv=self.arguments(output, **options))
+            return main(self.family, job=self.job, argv=self.arguments(output, **options))
         finally:
             logging.getLogger().handlers.clear()
 
@@ -146,13 +151,13 @@ def trainer(tiny_file, photos, tmp_path) -> Trainer:
 @pytest.fixture
 def full_trainer(tiny_file, photos, tmp_path) -> Trainer:
     """Trains all of a tiny SD3."""
-    return Trainer(tiny_file, photos, tmp_path, network=False)
+    return Trainer(tiny_file, photos, tmp_path, job="full")
 
 
 @pytest.fixture
 def sana_trainer(tiny_sana_file, photos, tmp_path) -> Trainer:
     """Trains all of a tiny Sana."""
-    return Trainer(tiny_sana_file, photos, tmp_path, "sana", network=False)
+    return Trainer(tiny_sana_file, photos, tmp_path, "sana", job="full")
 
 
 @pytest.fixture
@@ -164,7 +169,7 @@ def sd_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
 @pytest.fixture
 def sd_full_trainer(tiny_sd_file, photos, tmp_path) -> Trainer:
     """Trains all of a tiny Stable Diffusion 1.x."""
-    return Trainer(tiny_sd_file, photos, tmp_path, "sd", network=False)
+    return Trainer(tiny_sd_file, photos, tmp_path, "sd", job="full")
 
 
 @pytest.fixture(scope="session")

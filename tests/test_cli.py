@@ -16,7 +16,7 @@ from library.config.errors import ConfigError
 from library.config.logging import LoggingConfig
 from library.config.options import all_options, canonical_names
 from library.config.run import training_groups
-from library.families import FAMILIES, family_options
+from library.families import family_options
 from library.version import VERSION
 from tools.make_option_pages import pages, stale_pages
 
@@ -76,7 +76,7 @@ def trained(monkeypatch):
 
 
 def run(argv, capsys):
-    code = main("sd3", network=True, argv=argv)
+    code = main("sd3", job="adapter", argv=argv)
     printed = capsys.readouterr()
     return code, printed.out, printed.err.splitlines()
 
@@ -284,19 +284,18 @@ def test_messages_touch_no_random_generator(tmp_path):
     assert random.getstate() == state
 
 
-@pytest.mark.parametrize("network", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_option_names_are_the_golden_ones(family, network):
-    groups = {"invocation": InvocationConfig, **training_groups(family_options(family), network=network)}
+@pytest.mark.parametrize("script", cli.SCRIPTS)
+def test_option_names_are_the_golden_ones(script):
+    groups = {"invocation": InvocationConfig, **cli.SCRIPTS[script].groups}
     names = "".join(f"{name}\n" for name in sorted(canonical_names(all_options(groups))))
-    golden = GOLDEN / f"options_{family}_train{'_network' if network else ''}.txt"
+    golden = GOLDEN / f"options_{script}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(names)
     assert names == golden.read_text(), "a changed option name breaks people's scripts; UPDATE_GOLDEN=1 accepts it"
 
 
 def test_every_option_says_what_happens_by_default():
-    groups = training_groups(family_options("sd3"), network=True)
+    groups = training_groups(family_options("sd3"), job="adapter")
     for name, declared in all_options(groups).items():
         assert "default" in describe(declared).lower(), name
         assert declared.help.rstrip(")").endswith("."), name
@@ -315,7 +314,7 @@ def test_what_stops_one_process_alone_is_told_by_it(monkeypatch, capsys):
     for rank, begins in (("0", "error: the disk"), ("3", "error in process 3: the disk")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert cli.main("sd3", network=True, argv=[]) == 2
+        assert cli.main("sd3", job="adapter", argv=[]) == 2
         assert capsys.readouterr().err.startswith(begins)
 
 
@@ -323,7 +322,7 @@ def test_options_about_a_dataset_that_is_wrong_are_not_blamed_too(tmp_path, caps
     dataset = tmp_path / "dataset.toml"
     dataset.write_text("[[datasets]]\nresolutoin = 64\n")
     words = ["--dataset_config", str(dataset), "--cache_text_encoder_outputs", "--caption_variants", "4"]
-    assert main("sd3", network=True, argv=[*words, "--validate_every_n_steps", "5", "--masked_loss"]) == 2
+    assert main("sd3", job="adapter", argv=[*words, "--validate_every_n_steps", "5", "--masked_loss"]) == 2
     errors = capsys.readouterr().err
     assert "resolutoin" in errors
     assert not any(name in errors for name in ("--caption_variants", "--validate_every_n_steps", "--masked_loss"))

@@ -59,8 +59,8 @@ def pages(*, having=""):
 def groups_of_scripts():
     for family in FAMILIES:
         options = family_options(family)
-        for network in (True, False):
-            yield {"invocation": InvocationConfig, **training_groups(options, network=network)}
+        for job in options.SCRIPTS:
+            yield {"invocation": InvocationConfig, **training_groups(options, job=job)}
         generate = {"model": ModelConfig, "family": options.OPTIONS, **options.GENERATE_GROUPS}
         yield {"invocation": InvocationConfig, **generate}
     yield {"inspection": InspectionConfig}
@@ -220,10 +220,7 @@ def commands(page):
 
 @pages(having="```bash")
 def test_commands_are_understood(page):
-    scripts = {}
-    for family in FAMILIES:
-        for script, network in ((f"{family}_train_network.py", True), (f"{family}_train.py", False)):
-            scripts[script] = training_groups(family_options(family), network=network)
+    scripts = {f"{name}.py": script.groups for name, script in cli.SCRIPTS.items()}
     for words in commands(page):
         family = family_options(words[words.index("--family") + 1] if "--family" in words else "sd3")
         scripts["generate.py"] = {"model": ModelConfig, "family": family.OPTIONS, **family.GENERATE_GROUPS}
@@ -263,7 +260,7 @@ QUOTED_ERRORS = [
 
 @pytest.mark.parametrize("argv", QUOTED_ERRORS, ids=lambda argv: argv[0])
 def test_the_tutorial_quotes_real_errors(argv, capsys):
-    assert cli.main("sd3", network=True, argv=argv) == 2
+    assert cli.main("sd3", job="adapter", argv=argv) == 2
     errors = [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
     page = TUTORIAL.read_text(encoding="utf-8")
     assert any(f"| `{error}` |" in page for error in errors if argv[0] in error)

@@ -19,7 +19,7 @@ LONG = "a red cat " * 60
 
 
 def configuration(arguments):
-    command_line = read_command_line(training_groups(family_options("sd3"), network=True), arguments)
+    command_line = read_command_line(training_groups(family_options("sd3"), job="adapter"), arguments)
     config, problems = checked_configuration(SCRIPTS["sd3_train_network"], command_line)
     assert not problems
     return config

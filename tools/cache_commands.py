@@ -25,7 +25,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 def fill(chosen: argparse.Namespace) -> int:
     """This encodes all that a run needs, into the cache on disk, and stops."""
-    script = SCRIPTS.get(chosen.script) or Script(chosen.script, network=True)
+    script = SCRIPTS.get(chosen.script) or Script(chosen.script, job="adapter")
     line = _read(script, chosen.options)
     if line.invocation.help:
         about = "Encodes all that the same options would encode before training, into the cache on disk, and stops."
@@ -126,7 +126,7 @@ def _run_of(path: str, family: str | None) -> RunConfig:
         says = None  # reading it as a configuration says what is wrong
     script = SCRIPTS[says[1]] if says else None
     if script is None and family is not None:
-        script = SCRIPTS.get(family) or Script(family, network=True)
+        script = SCRIPTS.get(family) or Script(family, job="adapter")
     if script is None:
         if Path(path).is_file():
             raise ConfigError(f"{path} doesn't say its model family; add --family {' or '.join(sorted(FAMILIES))}")

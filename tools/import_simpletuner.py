@@ -14,13 +14,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
+from library.cli import SCRIPTS
 from library.config.data import UNSUPPORTED
 from library.config.documents import read_json
 from library.config.errors import ConfigError
 from library.config.optimizer import OPTIMIZER_NAMES
 from library.config.options import Option, all_options, canonical_names
 from library.config.resolved import toml_value
-from library.config.run import training_groups
 from library.config.unsupported import REASONS, RENAMED
 from library.families import FAMILIES, family_options
 from library.io.atomic import write_text
@@ -164,8 +164,9 @@ def translate_config(config: Mapping[str, Any], folder: Path = Path()) -> Transl
     family = "sd3" if family == "sd35" else family
     if family not in FAMILIES:
         raise ConfigError(f"model_family {family}: known here are {', '.join(FAMILIES)}")
-    result = Translation(f"{family}_train{'_network' if adapters else ''}.py")
-    options = _known_options(family, network=adapters)
+    script = SCRIPTS[family_options(family).SCRIPTS["adapter" if adapters else "full"]]
+    result = Translation(f"{script.name}.py")
+    options = all_options(script.groups)
     names = canonical_names(options)
     for key, value in config.items():
         if key in _ANSWERED:
@@ -193,11 +194,6 @@ def translate_config(config: Mapping[str, Any], folder: Path = Path()) -> Transl
         _lycoris(config, folder, family, result)
     _settle(config, family, adapters, options, result)
     return result
-
-
-def _known_options(family: str, *, network: bool) -> dict[str, Option]:
-    """The options of the family's script."""
-    return all_options(training_groups(family_options(family), network=network))
 
 
 def _add(option: Option, name: str, key: str, value: Any, result: Translation) -> None:

@@ -67,7 +67,7 @@ def _run(arguments: Sequence[str]) -> int:
     named = arguments[0] if arguments else ""
     known = named in SCRIPTS or named in FAMILIES
     family = named if named in FAMILIES else next(iter(FAMILIES))
-    script = SCRIPTS.get(named) or Script(family, network=True)
+    script = SCRIPTS.get(named) or Script(family, job="adapter")
     groups = {"inspection": InspectionConfig, **script.groups}
     command_line = read_command_line(groups, arguments[known:], refusals=refused_options(script.family))
     if command_line.invocation.help:

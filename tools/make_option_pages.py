@@ -4,19 +4,17 @@ python tools/make_option_pages.py
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
-from library.cli import refused_options
+from library.cli import SCRIPTS, refused_options
 from library.config.command_line import InvocationConfig, default_text
 from library.config.generate import GenerateConfig
 from library.config.model import ModelConfig
 from library.config.options import Option, group_title, options_of
-from library.config.run import training_groups
 from library.families import FAMILIES, family_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,12 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def pages() -> dict[str, str]:
     """Every page by file name."""
     made = {}
-    for family, network in itertools.product(FAMILIES, (True, False)):
-        options = family_options(family)
-        script = f"{family}_train_network" if network else f"{family}_train"
-        job = "Adapters (LoRA and others) on" if network else "Full fine-tuning of"
-        groups = training_groups(options, network=network)
-        made[f"{script}.md"] = page(f"{script}.py", f"{job} {options.TITLE}.", groups, refused_options(family))
+    for name, script in SCRIPTS.items():
+        made[f"{name}.md"] = page(f"{name}.py", script.about, script.groups, refused_options(script.family))
     made["generate.md"] = page("generate.py", "Pictures from prompts.", generate_groups(), {})
     return made
 

@@ -35,7 +35,7 @@ class DataConfig:
     conditioning_data_dir: str | None = option(
         None,
         "Folder with a mask for every picture, named like it: where it is white the loss counts, where it is black it "
-        "doesn't.",
+        "doesn't. For a ControlNet: with the control picture of every picture, named like it.",
         metavar="DIR",
     )
     train_batch_size: int = option(1, "Pictures per micro-batch. In the TOML: batch_size.", minimum=1)

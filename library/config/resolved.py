@@ -63,7 +63,13 @@ def _dataset_lines(config: RunConfig) -> Iterator[str]:
         yield f"# datasets[{index}]: {dataset.resolution}, batches of {dataset.batch_size}"
         for number, subset in enumerate(dataset.subsets):
             kind = "regularisation pictures" if subset.is_reg else "pictures"
-            yield f"#   subsets[{number}]: {kind} in {json.dumps(subset.image_dir)}, num_repeats {subset.num_repeats}"
+            beside = "control pictures" if config.control_net is not None else "masks"
+            folder = subset.conditioning_data_dir
+            also = f", {beside} in {json.dumps(folder)}" if folder is not None else ""
+            yield (
+                f"#   subsets[{number}]: {kind} in {json.dumps(subset.image_dir)}{also}, num_repeats "
+                f"{subset.num_repeats}"
+            )
 
 
 def toml_value(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from library.config.caching import CachingConfig
 from library.config.captions import CaptionConfig
+from library.config.control_net import ControlNetConfig, control_net_problems
 from library.config.data import DataConfig
 from library.config.dataset import DatasetConfig, SubsetConfig
 from library.config.ddpm import DdpmConfig, ddpm_problems
@@ -43,15 +44,24 @@ _CAPTION_CHANGES = {
     "caption_tag_dropout_rate": "drops tags",
     "enable_wildcard": "chooses between wildcards and lines",
 }
+_MASKS = "conditioning_data_dir or alpha_mask"
 _PIXEL_CHANGES = ("random_crop", "color_aug", "face_crop_aug_range")
 
 
-def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
+JOBS: Mapping[str, Mapping[str, type]] = {
+    "adapter": {"network": NetworkConfig},
+    "full": {"full": FullConfig},
+    "control_net": {"control_net": ControlNetConfig},
+}
+"""What a training script trains -> the option group of this kind of training, by the attribute of ``RunConfig``."""
+
+
+def training_groups(family_options: Any, *, job: str) -> dict[str, type]:
     """This lists the option groups of a training script by the attribute of ``RunConfig``, in the order of ``--help``.
 
     Args:
         family_options: The family's ``options`` module.
-        network: Whether the script trains adapters.
+        job: One of ``JOBS``.
     """
     return {
         "model": ModelConfig,
@@ -60,7 +70,7 @@ def training_groups(family_options: Any, *, network: bool) -> dict[str, type]:
         "pictures": PictureConfig,
         "captions": CaptionConfig,
         "caching": CachingConfig,
-        **({"network": NetworkConfig} if network else {"full": FullConfig}),
+        **JOBS[job],
         "optimizer": OptimizerConfig,
         "training": TrainingConfig,
         "ema": EmaConfig,
@@ -86,8 +96,9 @@ class RunConfig:
         ddpm: The noise schedule of variances; None for families without one.
         loss: How the difference between answer and truth is measured.
         datasets: The datasets, read from what ``data`` names.
-        network: The adapter; None when the model itself is trained.
-        full: How the model itself is trained; None when an adapter is.
+        network: The adapter; None when something else is trained.
+        full: How the model itself is trained; None when it stays as it is.
+        control_net: The ControlNet; None when something else is trained.
     """
 
     family_name: str
@@ -102,6 +113,7 @@ class RunConfig:
     caching: CachingConfig
     network: NetworkConfig | None = None
     full: FullConfig | None = None
+    control_net: ControlNetConfig | None = None
     optimizer: OptimizerConfig
     training: TrainingConfig
     ema: EmaConfig
@@ -152,7 +164,7 @@ class RunConfig:
             *self._learning_problems(),
             *self._average_problems(),
             *update_problems(self.optimizer, self.training, self.memory),
-            *(self.memory.full_model_problems() if self.network is None else ()),
+            *(self.memory.full_model_problems() if self.full is not None else ()),
             *non_finite_problems(self.training, self.memory, self.saving),
             *(self._data_problems() if self.datasets else ()),
             *self._caching_problems(),
@@ -239,7 +251,7 @@ class RunConfig:
     def _text_problems(self) -> Iterator[str]:
         caching = self.caching
         changed: dict[str, str] = {}
-        for place, subset in self._subsets():
+        for place, subset in self.subsets():
             if caching.cache_text_encoder_outputs and subset.token_warmup_step:
                 yield (
                     "--cache_text_encoder_outputs encodes captions before training, but token_warmup_step of "
@@ -258,7 +270,7 @@ class RunConfig:
                 f"every visit ({', '.join(_CAPTION_CHANGES)}); remove it"
             )
 
-    def _subsets(self) -> Iterator[tuple[str, SubsetConfig]]:
+    def subsets(self) -> Iterator[tuple[str, SubsetConfig]]:
         """Every subset with what messages call it."""
         for index, dataset in enumerate(self.datasets):
             for number, subset in enumerate(dataset.subsets):
@@ -266,10 +278,11 @@ class RunConfig:
 
     def _learning_problems(self) -> Iterator[str]:
         network = self.network
-        if network is None:
-            if self.full is not None:
-                yield from full_problems(self)
-        else:
+        if self.full is not None:
+            yield from full_problems(self)
+        if self.control_net is not None:
+            yield from control_net_problems(self)
+        if network is not None:
             yield from network_problems(network, self.optimizer, caches_text=self.caching.cache_text_encoder_outputs)
             if network.network_train_text_encoder_only and not self.trains_text_encoders:
                 yield "--network_train_text_encoder_only leaves nothing to train: every --text_encoder_lr is 0"
@@ -303,12 +316,12 @@ class RunConfig:
 
     @property
     def _validates(self) -> bool:
-        subsets = (subset for _, subset in self._subsets())
+        subsets = (subset for _, subset in self.subsets())
         held_out = any(dataset.role == "validation" for dataset in self.datasets)
         return held_out or any(subset.validation_split for subset in subsets)
 
     def _data_problems(self) -> Iterator[str]:
-        subsets = [subset for _, subset in self._subsets()]
+        subsets = [subset for _, subset in self.subsets()]
         if not self._validates:
             for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
                 if getattr(self.validation, name) is not None:
@@ -317,20 +330,22 @@ class RunConfig:
                 yield "--validation_seed does nothing without held-out pictures; add --validation_split 0.1"
         if self.data.prior_loss_weight != 1 and not any(subset.is_reg for subset in subsets):
             yield "--prior_loss_weight does nothing without regularisation pictures (is_reg, --reg_data_dir); remove it"
-        taught = [place for place, subset in self._subsets() if subset.is_regularisation_data]
+        taught = [place for place, subset in self.subsets() if subset.is_regularisation_data]
         if self.data.regularisation_weight != 1 and not taught:
             yield "--regularisation_weight does nothing without is_regularisation_data pictures; remove it"
-        if taught and self.network is None:
+        if taught and self.full is not None:
             yield f"{taught[0]}: is_regularisation_data needs an adapter to switch off; a full fine-tune has none"
-        if not any(subset.has_masks for subset in subsets):
+        steered = self.control_net is not None
+        if not any(subset.alpha_mask if steered else subset.has_masks for subset in subsets):
+            kinds = "alpha_mask; conditioning_data_dir has control pictures" if steered else _MASKS
             for group, name in (
                 ("data", "masked_loss"),
                 ("data", "masked_loss_normalize"),
                 ("pictures", "unmasked_weight"),
             ):
                 if getattr(getattr(self, group), name):
-                    yield f"--{name} does nothing without masks (conditioning_data_dir or alpha_mask); remove it"
-        for place, subset in self._subsets():
+                    yield f"--{name} does nothing without masks ({kinds}); remove it"
+        for place, subset in self.subsets():
             for name in _PIXEL_CHANGES:
                 if self.caching.cache_latents and getattr(subset, name):
                     yield (

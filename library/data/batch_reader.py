@@ -16,6 +16,7 @@ from library.config.errors import ConfigError
 from library.data.buckets import Placement, vary
 from library.data.cache_keys import LATENTS, MASK, latent_key, mask_key, text_key
 from library.data.captions import caption_for_visit
+from library.data.control_pictures import load_control
 from library.data.images import ColourShift, PixelSettings, colour_shift, load_pixels
 from library.data.mask_files import MaskFile
 from library.data.masks import load_mask
@@ -98,6 +99,7 @@ class BatchReader:
             mask=_mask_weights(masks, subsets, size),
             taught=_marked(subset.is_regularisation_data for subset in subsets),
             prior=_marked(sample.is_reg for sample in samples),
+            control=self._control(rows),
         )
 
     def _row(self, visit: Visit) -> "_Row":
@@ -187,6 +189,21 @@ class BatchReader:
                 reason = error.strerror or error
                 raise ConfigError(f"{path}: the {what} of {row.title} can't be read: {reason}") from error
         return torch.stack(pictures), masks
+
+    def _control(self, rows: Sequence["_Row"]) -> Tensor | None:
+        """The rows' control pictures (B, 3, H, W), from their files; None: they have none."""
+        pictures: list[Tensor] = []
+        for row in rows:
+            path = row.sample.control
+            if path is None:
+                continue
+            try:
+                data = read_bytes(path)
+                pictures.append(load_control(data, row.placement, row.flipped, PixelSettings.of(row.subset)))
+            except OSError as error:
+                reason = error.strerror or error
+                raise ConfigError(f"{path}: the control picture of {row.title} can't be read: {reason}") from error
+        return torch.stack(pictures) if pictures else None
 
     def _conditioning(
         self, samples: Sequence[Sample], captions: Sequence[str]

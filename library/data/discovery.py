@@ -17,7 +17,7 @@ from library.data.file_index import FileFacts, FileIndex
 from library.data.findings import Findings, Skipped, counted
 from library.data.folders import Folders
 from library.data.listings import Listing
-from library.data.mask_pairs import check_shapes, pair_masks
+from library.data.mask_pairs import CONTROL, MASK, check_shapes, pair_masks
 from library.data.picture_lists import list_pictures
 from library.data.selection import for_training, hold_out
 from library.io.garbage import paused_collection
@@ -55,6 +55,7 @@ def discover(
     skip_bad_images: bool = False,
     validation_seed: int = 0,
     decode: bool = False,
+    steered: bool = False,
     near_duplicates: bool = False,
     progress: Progress | None = None,
 ) -> Discovery:
@@ -66,6 +67,7 @@ def discover(
         skip_bad_images: Leave out pictures that can't be read, with a note, instead of stopping.
         validation_seed: Of the choice of validation pictures, for datasets that name no seed of their own.
         decode: Decode every picture completely, to be sure that it can be; else only its header is looked at.
+        steered: The folders ``conditioning_data_dir`` hold control pictures, not loss masks.
         near_duplicates: Look for pictures that look nearly the same.
         progress: Is told how many of how many new files have been read.
 
@@ -82,18 +84,20 @@ def discover(
     report_unreadable("picture", facts, findings, skipped=skip_bad_images)
     for listing in listings:
         leave_out(listing, facts, findings, skip_bad=skip_bad_images)
-    masks = [pair_masks(listing, names, folders, findings) for listing, names in zip(listings, listed)]
-    mask_facts = _mask_facts(masks, index, decode=decode, progress=progress)
-    report_unreadable("mask", mask_facts, findings, skipped=skip_bad_images)
+    what = CONTROL if steered else MASK
+    masks = [pair_masks(listing, names, folders, findings, what=what) for listing, names in zip(listings, listed)]
+    # control pictures are kept nowhere, so nothing else will have decoded them
+    mask_facts = _mask_facts(masks, index, decode=decode or steered, progress=progress)
+    report_unreadable(what, mask_facts, findings, skipped=skip_bad_images)
     for number, listing in enumerate(listings):
-        masks[number] = with_masks(listing, masks[number], mask_facts, findings, skip_bad=skip_bad_images)
-        check_shapes(listing, masks[number], facts, mask_facts, findings)
+        masks[number] = with_masks(listing, masks[number], mask_facts, findings, skip_bad=skip_bad_images, what=what)
+        check_shapes(listing, masks[number], facts, mask_facts, findings, what=what)
     with paused_collection():
         captions = read_captions(listings, index, findings)
         findings.stop_at_problems()
         found: list[Sample] = []
         for listing, lines, own in zip(listings, captions, masks):
-            found += _samples(listing, lines, own, facts, mask_facts, findings)
+            found += _samples(listing, lines, own, facts, mask_facts, findings, steered=steered)
         findings.notes += _used_twice(found)
         validation = hold_out(datasets, found, validation_seed, findings)
         training = for_training(datasets, found, validation, findings)
@@ -159,6 +163,8 @@ def _samples(
     facts: Mapping[str, FileFacts],
     mask_facts: Mapping[str, FileFacts],
     findings: Findings,
+    *,
+    steered: bool,
 ) -> list[Sample]:
     """The samples of one subset."""
     number, position, subset = listing.number, listing.position, listing.subset
@@ -168,7 +174,8 @@ def _samples(
     for row, (picture, lines) in enumerate(zip(listing.pictures, captions)):
         path = picture.path
         fact = facts[path]
-        mask = masks[row].path if masks else None
+        beside = masks[row].path if masks else None
+        beside_content = "" if beside is None else mask_facts[beside].content
         samples.append(
             Sample(
                 key=prefix + picture.name,
@@ -180,9 +187,11 @@ def _samples(
                 subset=position,
                 num_repeats=repeats,
                 is_reg=is_reg,
-                mask=mask,
-                mask_content=mask_facts[mask].content if mask is not None else "",
+                mask=None if steered else beside,
+                mask_content="" if steered else beside_content,
                 focus=fact.face if wants_faces else None,
+                control=beside if steered else None,
+                control_content=beside_content if steered else "",
             )
         )
     if wants_faces and (faceless := sum(sample.focus is None for sample in samples)):

@@ -16,7 +16,7 @@ def report_unreadable(what: str, facts: Mapping[str, FileFacts], findings: Findi
     """This lists the files that can't be read as pictures, with the reason for each.
 
     Args:
-        what: What the files are: ``picture``, ``mask``.
+        what: What the files are: ``picture``, ``mask``, ``control picture``.
         facts: By path.
         findings: Gets the lines.
         skipped: They are left out; else they stop the run.
@@ -87,6 +87,7 @@ def with_masks(
     findings: Findings,
     *,
     skip_bad: bool,
+    what: str = "mask",
 ) -> list[FileEntry]:
     """This takes the pictures out of a listing whose masks can't be read.
 
@@ -96,6 +97,7 @@ def with_masks(
         facts: Of masks, by path.
         findings: Gets what is left out.
         skip_bad: Whether such pictures are left out rather than reported as problems.
+        what: What they are called.
 
     Returns:
         The masks of the pictures that stay.
@@ -105,13 +107,13 @@ def with_masks(
         return masks
     for picture, keep in zip(listing.pictures, wanted):
         if not keep:
-            listing.skip(picture.path, "its mask can't be read", findings)
+            listing.skip(picture.path, f"its {what} can't be read", findings)
     listing.keep(wanted)
     if skip_bad:
         title = listing.subset.title
-        findings.notes.append(f"{title}: {counted(wanted.count(False), 'picture')} left out with an unreadable mask")
+        findings.notes.append(f"{title}: {counted(wanted.count(False), 'picture')} left out with an unreadable {what}")
         if not listing.pictures:
-            findings.problems.append(f"{listing.subset.conditioning_data_dir}: no mask can be read")
+            findings.problems.append(f"{listing.subset.conditioning_data_dir}: no {what} can be read")
     return [mask for mask, keep in zip(masks, wanted) if keep]
 
 

@@ -1,4 +1,4 @@
-"""Which file of ``conditioning_data_dir`` is the loss mask of which picture."""
+"""Which file of ``conditioning_data_dir`` is the loss mask, or the control picture, of which picture."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,12 @@ from library.data.listings import Listing
 from library.io.places import FileEntry
 from library.records import Resolution
 
+MASK, CONTROL = "mask", "control picture"
+"""What the files may be."""
+
 
 def pair_masks(
-    listing: Listing, listed: Mapping[str, Sequence[str]], folders: Folders, findings: Findings
+    listing: Listing, listed: Mapping[str, Sequence[str]], folders: Folders, findings: Findings, *, what: str = MASK
 ) -> list[FileEntry]:
     """The mask of each picture of a subset: the file of the same stem, in the same sub-folder.
 
@@ -20,6 +23,7 @@ def pair_masks(
         listed: Stem -> names of all pictures of the subset, also of those that aren't used.
         folders: Lists folders.
         findings: Gets what is wrong or worth to know.
+        what: ``MASK`` or ``CONTROL``, for people.
 
     Returns:
         One per picture; nothing when the subset has no masks, or when any is missing.
@@ -37,28 +41,28 @@ def pair_masks(
     if missing:
         unreadable = folder.unreadable()
         findings.problems.append(
-            f"{folder.path}: no mask for {len(missing)} of {counted(len(masks), 'picture')}: {named(missing)}. A mask "
-            "is named like its picture" + (f"; {unreadable}" if unreadable else "")
+            f"{folder.path}: no {what} for {len(missing)} of {counted(len(masks), 'picture')}: {named(missing)}. A "
+            f"{what} is named like its picture" + (f"; {unreadable}" if unreadable else "")
         )
         return []
-    findings.notes += _notes(listing, listed, folder)
+    findings.notes += _notes(listing, listed, folder, what)
     return [mask for mask in masks if mask is not None]
 
 
-def _notes(listing: Listing, listed: Mapping[str, Sequence[str]], folder: Folder) -> list[str]:
+def _notes(listing: Listing, listed: Mapping[str, Sequence[str]], folder: Folder, what: str) -> list[str]:
     notes = []
     extra = [entry.name for stem, entry in zip(folder.stems, folder.pictures) if stem not in listed]
     if extra:
-        notes.append(f"{folder.path}: {counted(len(extra), 'mask')} of no picture: {named(extra)}")
+        notes.append(f"{folder.path}: {counted(len(extra), what)} of no picture: {named(extra)}")
     if shared := [names for names in listed.values() if len(names) > 1]:
         notes.append(
-            f"{folder.path}: {counted(len(shared), 'mask')} used for several pictures of the same name, first for "
+            f"{folder.path}: {counted(len(shared), what)} used for several pictures of the same name, first for "
             f"{' and '.join(shared[0])}"
         )
     if several := sorted(folder.shared_stems.intersection(listed)):
         used = [folder.by_stem[stem].name for stem in several]
-        notes.append(f"{folder.path}: {counted(len(several), 'picture')} with several masks, using {named(used)}")
-    if listing.subset.alpha_mask:
+        notes.append(f"{folder.path}: {counted(len(several), 'picture')} with several {what}s, using {named(used)}")
+    if listing.subset.alpha_mask and what == MASK:
         notes.append(f"{listing.subset.title}: masks come from {folder.path}; alpha_mask is not used")
     return notes
 
@@ -69,6 +73,8 @@ def check_shapes(
     facts: Mapping[str, FileFacts],
     mask_facts: Mapping[str, FileFacts],
     findings: Findings,
+    *,
+    what: str = MASK,
 ) -> None:
     """This reports masks that have another shape than their picture. Another size is fine.
 
@@ -78,6 +84,7 @@ def check_shapes(
         facts: Of pictures, by path.
         mask_facts: Of masks, by path.
         findings: Gets the problems.
+        what: See ``pair_masks``.
     """
     wrong = []
     for picture, mask in zip(listing.pictures, masks):
@@ -86,7 +93,7 @@ def check_shapes(
             wrong.append(f"{mask.name} is {mask_size}, its picture {size}")
     if wrong:
         findings.problems.append(
-            f"{listing.subset.conditioning_data_dir}: {counted(len(wrong), 'mask')} of another shape than the picture: "
+            f"{listing.subset.conditioning_data_dir}: {counted(len(wrong), what)} of another shape than the picture: "
             f"{named(wrong)}"
         )
 

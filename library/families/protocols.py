@@ -234,3 +234,37 @@ class ModelFamily(Protocol):
             ValueError: There is no such block, or none can be left out (``description.unskippable``).
         """
         ...
+
+
+class ControlNetFamily(ModelFamily, Protocol):
+    """A family whose denoiser a ControlNet can steer: its options name a script for ``control_net``."""
+
+    def load_control_net(self, path: str | None, *, seed: int, device: Any, dtype: Any) -> nn.Module:
+        """The ControlNet at ``path``, or one that begins as a copy of the denoiser; ``seed`` is the run's.
+
+        Raises:
+            ConfigError: It can't be used with this model. Nothing was read then.
+        """
+        ...
+
+    def steer(self, denoiser: nn.Module, control_net: nn.Module) -> None:
+        """From now on ``predict`` shows ``NoisedLatents.control`` to the ControlNet, which acts on the denoiser."""
+        ...
+
+    def control_net_blocks(self, control_net: nn.Module) -> Sequence[nn.Module]:
+        """Its repeated blocks in forward order: what checkpointing acts on."""
+        ...
+
+    def write_control_net(
+        self, weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, layout: str, dtype: Any
+    ) -> None:
+        """This writes a trained ControlNet.
+
+        Args:
+            weights: Its state dict.
+            path: The file, or the folder.
+            metadata: Of the weights' file.
+            layout: One of ``library.config.control_net.SAVE_LAYOUTS``.
+            dtype: Type to convert to; None: each tensor keeps its own.
+        """
+        ...

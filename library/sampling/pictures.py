@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from library.config.errors import ConfigError
 from library.config.sampling import SkipLayerGuidance
+from library.data.images import open_picture
 from library.diffusion.samplers import Callback
 from library.families.protocols import ModelFamily, SamplingPath, TextEncodingStrategy
 from library.io.atomic import atomic_path
 from library.randomness import torch_generator
-from library.records import TensorRecord
+from library.records import Resolution, TensorRecord
 from library.sampling.prompts import PromptRequest, PromptText
 
 Settings = Mapping[str, str | int | float]
@@ -89,6 +92,8 @@ def generate(
     name = request.sampler or sampler or family.description.sampling.sampler
     path = family.sampling_path(name, request.steps, resolution)
     guided = _GuidedDenoiser(family, denoiser, conditions, request.scale, skip, path)
+    if request.control is not None:
+        guided.control = control_picture(request.control, resolution).to(device)
 
     def fresh(step: int) -> Tensor:
         return torch.randn(shape, generator=torch_generator(request.seed, "fresh noise", step))  # (1, C, h, w)
@@ -125,6 +130,7 @@ class _GuidedDenoiser:
         rows = [condition.rows(0).tensors() for condition in conditions]
         self.both = type(self.positive).stack(rows)  # the positive text, then the negative one if it acts
         self.levels = path.levels.tolist()
+        self.control: Tensor | None = None
 
     def __call__(self, x: Tensor, level: float) -> Tensor:
         answers = self._answer(x.expand(len(self.both), -1, -1, -1), level, self.both).float()
@@ -138,7 +144,23 @@ class _GuidedDenoiser:
         return self.path.estimate(x, guided, level)
 
     def _answer(self, x: Tensor, level: float, text: TensorRecord) -> Tensor:
-        return self.family.predict(self.denoiser, self.path.asked(x, level), text)
+        asked = self.path.asked(x, level)
+        if self.control is not None:
+            asked = dataclasses.replace(asked, control=self.control.expand(len(x), -1, -1, -1))
+        return self.family.predict(self.denoiser, asked, text)
+
+
+def control_picture(path: str, resolution: Resolution) -> Tensor:
+    """A control picture (1, 3, H, W) in 0..1: scaled to cover the picture's size, and cut evenly.
+
+    Raises:
+        ConfigError: It can't be read.
+    """
+    try:
+        picture = ImageOps.fit(open_picture(path), resolution, Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise ConfigError(f"the control picture {path} can't be read: {error.strerror or error}") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255  # (H, W, 3) -> (1, 3, H, W)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -154,6 +176,8 @@ def describe(request: PromptRequest, *, sampler: str, skip: SkipLayerGuidance | 
     del settings["computed_at"]
     if request.computed_at is not None:
         settings["computed_at"] = str(request.computed_at)
+    if request.control is None:
+        del settings["control"]
     if not request.name:
         del settings["name"]
     if request.scale == 1 or not request.negative_prompt:

@@ -152,6 +152,7 @@ _KEYS = {
     "seed": _Key("seed", _whole(0, 2**63 - 1)),
     "sample_steps": _Key("steps", _whole(1, 1000)),
     "scale": _Key("scale", _number),
+    "controlnet_image": _Key("control", _text),
     "sample_sampler": _Key("sampler", lambda value: parse_sampler(_text(value))),
 }
 _INLINE = {
@@ -162,14 +163,12 @@ _INLINE = {
     "s": "sample_steps",
     "l": "scale",
     "ss": "sample_sampler",
+    "cn": "controlnet_image",
 }
 _NO_GUIDANCE_INPUT = "the model has no guidance input; write the guidance scale as {scale}"
-_NO_CONTROL = "there is no control network here. Remove it"
 _REFUSED = {
     "g": _NO_GUIDANCE_INPUT.format(scale="--l"),
     "guidance_scale": _NO_GUIDANCE_INPUT.format(scale="scale"),
-    "cn": _NO_CONTROL,
-    "controlnet_image": _NO_CONTROL,
     "ctr": "guidance acts in every step. Remove it",
     "cfg_trunc_ratio": "guidance acts in every step. Remove it",
     "rcfg": "guidance isn't renormalised. Remove it",
@@ -225,7 +224,7 @@ def _from_keys(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _converted(key: str, value: Any, where: str, *, inline: bool = True) -> Any:
-    numeric = key not in ("prompt", "negative_prompt", "sample_sampler")
+    numeric = key not in ("prompt", "negative_prompt", "sample_sampler", "controlnet_image")
     try:
         if not inline and numeric and isinstance(value, str):
             return _KEYS[key].convert(None)

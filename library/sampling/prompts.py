@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.config.errors import ConfigError
+from library.config.messages import shown
 from library.config.samplers import SAMPLERS
 from library.randomness import seed_for
 from library.records import Resolution, SamplingDefaults
@@ -41,6 +42,7 @@ class PromptRequest:
         sampler: One of ``library.config.samplers.SAMPLERS``; None leaves the choice to whoever draws it.
         name: What a library of prompts calls it; empty: nothing.
         computed_at: The size that it is computed at, before it is resized and cropped; None: its own.
+        control: The file of the control picture that a ControlNet steers it by; None: nothing steers.
     """
 
     prompt: str
@@ -53,6 +55,7 @@ class PromptRequest:
     sampler: str | None = None
     name: str = ""
     computed_at: Resolution | None = None
+    control: str | None = None
 
     @property
     def resolution(self) -> Resolution:
@@ -97,6 +100,7 @@ def read_prompts(
     seed: int,
     largest_side: int | None = None,
     fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
+    steered: bool = False,
 ) -> list[PromptRequest]:
     """This reads a prompt file.
 
@@ -107,13 +111,14 @@ def read_prompts(
         seed: Of the run; see ``complete``.
         largest_side: The longest side in pixels that the model can make; None: any.
         fallbacks: Fields of ``PromptRequest`` for prompts that don't say them.
+        steered: Whether a ControlNet steers them.
 
     Raises:
         ConfigError: The file is missing, empty or says something that isn't understood; all mistakes at once, one line
             each, with the line or the prompt's number.
     """
     sizes = SizeRules(native=native_resolution, step=resolution_step, largest_side=largest_side)
-    return make_requests(read_entries(path), sizes, seed=seed, fallbacks=fallbacks)
+    return make_requests(read_entries(path), sizes, seed=seed, fallbacks=fallbacks, steered=steered)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +152,7 @@ def make_requests(
     seed: int,
     samplers: Sequence[str] = SAMPLERS,
     fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
+    steered: bool = False,
 ) -> list[PromptRequest]:
     """This turns what was said into pictures to make: of each prompt one, or one per listed size.
 
@@ -156,6 +162,7 @@ def make_requests(
         seed: Of the run; see ``complete``.
         samplers: Those that the model has.
         fallbacks: Fields of ``PromptRequest`` for prompts that don't say them.
+        steered: Whether a ControlNet steers them, each by its control picture.
 
     Raises:
         ConfigError: All mistakes at once, one line each, with the prompt's place.
@@ -167,6 +174,7 @@ def make_requests(
             for side in ("width", "height"):
                 if side in given:
                     sizes.check(f"{entry.where}: {side}", given[side])
+            check_control(entry.where, given.get("control"), steered=steered)
             known = {**fallbacks, **given}
             if given.get("negative_prompt") and known.get("scale") == 1:
                 raise ConfigError(f"{entry.where}: the negative prompt does nothing at guidance scale 1; remove one")
@@ -186,6 +194,36 @@ def make_requests(
     if problems:
         raise ConfigError("\n".join(problems))
     return requests
+
+
+def check_control(where: str, control: str | None, *, steered: bool) -> None:
+    """This refuses a control picture that nothing follows, one that is missing, and one that can't be read.
+
+    Args:
+        where: The prompt, for the start of the error.
+        control: The file, or None.
+        steered: Whether a ControlNet steers.
+    """
+    if control is None:
+        if steered:
+            raise ConfigError(
+                f"{where}: the control picture is missing, by which the ControlNet steers; add --cn FILE to the line, "
+                "or controlnet_image in a .toml or .json"
+            )
+        return
+    if not steered:
+        raise ConfigError(
+            f"{where}: the control picture {shown(control)} does nothing: samples of train_control_net.py alone follow "
+            "one. Remove it"
+        )
+    from library.data.images import decode_problem  # heavy, and few have a control picture
+
+    try:
+        problem = decode_problem(Path(control).read_bytes())
+    except OSError as error:
+        problem = error.strerror
+    if problem is not None:
+        raise ConfigError(f"{where}: the control picture {shown(control)} can't be read: {problem}")
 
 
 def check_side(name: str, value: int, step: int, largest: int | None = None) -> None:

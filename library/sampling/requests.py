@@ -10,7 +10,7 @@ from library.sampling.prompts import PromptRequest, SizeRules, make_requests
 
 
 def requested_samples(
-    sampling: SamplingConfig, description: ModelDescription, *, resolution_step: int, seed: int
+    sampling: SamplingConfig, description: ModelDescription, *, resolution_step: int, seed: int, steered: bool = False
 ) -> list[PromptRequest]:
     """This lists the sample pictures; none unless something asks for them.
 
@@ -19,6 +19,7 @@ def requested_samples(
         description: The model.
         resolution_step: Both sides must be multiples of this many pixels.
         seed: Of the run.
+        steered: Whether a ControlNet steers them.
 
     Raises:
         ConfigError: The prompt file is wrong, a size can't be made, or an option does nothing here.
@@ -45,7 +46,7 @@ def requested_samples(
     entries = typed_prompts("validation_prompt", sampling.validation_prompt)
     if sampling.sample_prompts is not None:
         entries += read_entries(sampling.sample_prompts)
-    requests = make_requests(entries, sizes, seed=seed, samplers=own.samplers, fallbacks=fallbacks)
+    requests = make_requests(entries, sizes, seed=seed, samplers=own.samplers, fallbacks=fallbacks, steered=steered)
     check_previews(sampling.preview_every, requests)
     return requests
 

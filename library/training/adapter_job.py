@@ -1,6 +1,6 @@
 """Training an adapter on a frozen model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,22 @@ class AdapterJob:
         """See ``Job``."""
         return precision.frozen
 
+    def load(
+        self, config: RunConfig, family: ModelFamily, *, device: torch.device, precision: Precision, seed: int
+    ) -> dict[str, nn.Module]:
+        """See ``Job``: nothing."""
+        return {}
+
     def prepare(
         self, config: RunConfig, family: ModelFamily, roots: Mapping[str, nn.Module], *, seed: int, precision: Precision
     ) -> Any:
         """See ``Job``."""
         network = create_network(config, roots, family.adapter_targets, seed)
         return network.to(next(roots[DENOISER].parameters()).device, precision.trained)
+
+    def blocks(self, family: ModelFamily, trainable: Any) -> Sequence[nn.Module]:
+        """See ``Job``: none."""
+        return ()
 
     def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None, facts: Mapping[str, str]) -> list[Path]:
         """See ``Job``: a file per format that was asked for."""

@@ -69,6 +69,7 @@ def find_data(config: RunConfig, seed: int, *, resolution_step: int, largest_sid
             skip_bad_images=config.data.skip_bad_images,
             validation_seed=config.data.validation_seed if config.data.validation_seed is not None else seed,
             decode=not config.caching.cache_latents,
+            steered=config.control_net is not None,
             near_duplicates=config.data.report_near_duplicates,
             progress=progress,
         )

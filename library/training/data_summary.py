@@ -42,7 +42,7 @@ def summarize_data(
         "micro_batches_per_epoch": plan.micro_batches_per_epoch,
         "micro_batches_per_step": micro_batches_per_step,
         "names": _digest(sample.key for sample in samples),
-        "contents": _digest(f"{sample.content} {sample.mask_content}" for sample in samples),
+        "contents": _digest(f"{sample.content} {sample.mask_content}{sample.control_content}" for sample in samples),
         "captions": _digest("\x1f".join(sample.captions) for sample in samples),
         "datasets": {
             str(index): {**_settings(dataset), "buckets": data.buckets(index)} for index, dataset in training.items()

@@ -193,7 +193,7 @@ def fit(
     """
     search = _Search(config, blocks, budget, rates, foresee)
     fixed: list[dict[str, Any]] = [{}]
-    if config.network is not None and not config.was_given("base_model_precision"):
+    if config.full is None and not config.was_given("base_model_precision"):
         fixed += [{"base_model_precision": name} for name in _PRECISIONS]
     for values in fixed:
         if (found := search.fastest(values, streams=streams)) is not None:
@@ -201,10 +201,11 @@ def fit(
     assert search.smallest is not None
     least = search.smallest
     with_what = f" with {least.pasted}" if least.values else ""
+    smaller = ", or train an adapter" if config.full is not None else ""
+    smaller = ", or --network_dim" if config.network is not None else smaller
     raise ConfigError(
         f"--fit {config.memory.fit}: nothing fits; the least is {least.forecast.peak / 2**30:.2f} GiB{with_what}, most "
-        f"of it in {least.forecast.largest_phase}. Lower the resolution or --train_batch_size"
-        + (", or train an adapter" if config.network is None else ", or --network_dim")
+        f"of it in {least.forecast.largest_phase}. Lower the resolution or --train_batch_size" + smaller
     )
 
 

@@ -1,6 +1,6 @@
 """Training the model's own weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,11 +41,21 @@ class FullJob:
         """See ``Job``: what is trained is read in the type that it is trained in, not by way of a narrower one."""
         return precision.trained if component in self.check(config, family) else precision.frozen
 
+    def load(
+        self, config: RunConfig, family: ModelFamily, *, device: torch.device, precision: Precision, seed: int
+    ) -> dict[str, nn.Module]:
+        """See ``Job``: nothing."""
+        return {}
+
     def prepare(
         self, config: RunConfig, family: ModelFamily, roots: Mapping[str, nn.Module], *, seed: int, precision: Precision
     ) -> FullModel:
         """See ``Job``."""
         return self._model(config, family, roots)
+
+    def blocks(self, family: ModelFamily, trainable: FullModel) -> Sequence[nn.Module]:
+        """See ``Job``: none."""
+        return ()
 
     def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None, facts: Mapping[str, str]) -> list[Path]:
         """See ``Job``: one file, or a folder."""

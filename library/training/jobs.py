@@ -1,4 +1,4 @@
-"""What differs between training an adapter and training the model itself. The loop doesn't know which it is."""
+"""What differs between training an adapter, the model itself, and a ControlNet. The loop doesn't know which it is."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import nn
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
 from library.training.adapter_job import AdapterJob
+from library.training.control_net_job import ControlNetJob
 from library.training.full_job import FullJob
 from library.training.precision import Precision
 from library.training.run import Run
@@ -37,6 +38,20 @@ class Job(Protocol):
         """What the weights of a component are kept in."""
         ...
 
+    def load(
+        self, config: RunConfig, family: ModelFamily, *, device: torch.device, precision: Precision, seed: int
+    ) -> Mapping[str, nn.Module]:
+        """What the job needs beside the base model's parts, by name.
+
+        Args:
+            config: The run.
+            family: The model's parts.
+            device: Where it goes; on ``meta`` nothing is read.
+            precision: Of the weights.
+            seed: Of the run.
+        """
+        ...
+
     def prepare(
         self, config: RunConfig, family: ModelFamily, roots: Mapping[str, nn.Module], *, seed: int, precision: Precision
     ) -> Any:
@@ -45,10 +60,14 @@ class Job(Protocol):
         Args:
             config: The run.
             family: The model's parts.
-            roots: The denoiser, and the text encoders that the step needs, by name.
+            roots: The denoiser, the text encoders that the step needs, and what ``load`` gave, by name.
             seed: Of the run.
             precision: Of the weights.
         """
+        ...
+
+    def blocks(self, family: ModelFamily, trainable: Any) -> Sequence[nn.Module]:
+        """Repeated blocks in forward order that are trained and aren't the denoiser's."""
         ...
 
     def save(
@@ -71,4 +90,6 @@ class Job(Protocol):
 
 def job_of(config: RunConfig) -> Job:
     """The kind of training that a configuration asks for."""
+    if config.control_net is not None:
+        return ControlNetJob()
     return AdapterJob() if config.network is not None else FullJob()

@@ -90,12 +90,13 @@ def load_model_side(
     denoiser = family.load_denoiser(device=home, dtype=dtype)
     log_fp8(config, family, DENOISER, dtype, trained=True)
     merge_base_weights(config, family, {DENOISER: denoiser})
+    beside = job.load(config, family, device=device, precision=precision, seed=seed)
     return assemble(
         config,
         family,
         job,
         denoiser,
-        encoders,
+        {**encoders, **beside},
         device,
         precision,
         seed=seed,
@@ -127,7 +128,7 @@ def assemble(
         family: See there.
         job: See there.
         denoiser: As it was loaded.
-        encoders: See there.
+        encoders: See there; and what ``Job.load`` gave.
         device: See there.
         precision: See there.
         seed: See there.
@@ -140,7 +141,7 @@ def assemble(
     memory = config.memory
     compiling = compile_blocks(memory, family, denoiser)  # inside whatever moves weights and activations
     notes: list[str] = []
-    if config.network is not None:
+    if config.full is None:
         stored = stored_codes(family, DENOISER, denoiser) if carriers is None else None
         notes += place(memory, family, denoiser, device, carriers, stored=stored)
     rows = rows_of(config, family)
@@ -148,10 +149,11 @@ def assemble(
     notes += decided.notes
     trainable = job.prepare(config, family, {DENOISER: denoiser, **encoders}, seed=seed, precision=precision)
     swap = None
-    if config.network is None:
+    if config.full is not None:
         swap, told = place_trained(memory, family, denoiser, device, precision, carriers)
         notes += told
-    notes += save_activations(memory, list(family.blocks(denoiser)), device, carriers)
+    for blocks in (family.blocks(denoiser), job.blocks(family, trainable)):
+        notes += save_activations(memory, list(blocks), device, carriers)
     if sharding is not None:
         shard(family, trainable, sharding, device)
     created = create_optimizer(
@@ -161,7 +163,7 @@ def assemble(
         learning_rate=config.optimizer.learning_rate,
         device=optimizer_device,
     )
-    for line in (*notes, *created.notes):
+    for line in dict.fromkeys((*notes, *created.notes)):
         log.info(line)
     return ModelSide(denoiser, trainable, created, swap, decided.matmul, compiling)
 

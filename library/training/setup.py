@@ -305,7 +305,8 @@ def resolve_seed(config: RunConfig, resumed: Resumed | None, accelerator: Accele
 def sample_requests(config: RunConfig, family: ModelFamily, seed: int) -> list[PromptRequest]:
     """The sample pictures; none unless something asks for samples."""
     step = family.latents.format.resolution_step
-    return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed)
+    steered = config.control_net is not None
+    return requested_samples(config.sampling, family.description, resolution_step=step, seed=seed, steered=steered)
 
 
 def trained_parameters(run: Run) -> dict[str, nn.Parameter]:

@@ -73,9 +73,10 @@ def forget_plugins(environment: MutableMapping[str, str]) -> None:
 
 def _misfits(config: RunConfig, asked_by: str) -> list[str]:
     """What of a run's options a sharded model can't do."""
-    if config.network is not None:
+    if config.full is None:
+        what = "an adapter is small" if config.network is not None else "a ControlNet is half a model"
         return [
-            f"accelerate's configuration asks for {asked_by}, but an adapter is small and its base model isn't "
+            f"accelerate's configuration asks for {asked_by}, but {what} and its base model isn't "
             "trained: use plain data parallelism (accelerate launch --multi_gpu, or torchrun)"
         ]
     problems = []

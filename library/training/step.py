@@ -123,7 +123,8 @@ def _noised(run: StepRun, batch: Batch, uniform: Tensor, draws: Draws | None = N
     """The noised latents at the quantiles ``uniform`` (B,) of the noise levels; without ``draws``, of plain noise."""
     objective, tokens = run.family.objective, run.family.latents.format.tokens(batch.resolution)
     sigma = objective.sigmas(uniform, tokens=tokens).to(run.device, non_blocking=True)  # (B,)
-    return objective.add_noise(clean_latents(run, batch), batch.noise, sigma, draws)
+    noised = objective.add_noise(clean_latents(run, batch), batch.noise, sigma, draws)
+    return dataclasses.replace(noised, control=batch.control)
 
 
 def _answer(run: StepRun, noised: NoisedLatents, text: TensorRecord) -> Tensor:

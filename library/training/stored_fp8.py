@@ -26,7 +26,7 @@ def log_fp8(config: RunConfig, family: ModelFamily, component: str, dtype: torch
     if not matrices:
         return
     told, width = _contents(component, matrices), str(dtype).removeprefix("torch.")
-    if trained and config.network is None:
+    if trained and config.full is not None:
         log.warning(
             "%s. They are trained from there in %s: what fp8 rounded away, some 3 %% of each number, is not in the "
             "file. Better start from the fp16 or bf16 file, if there is one",

@@ -151,11 +151,13 @@ def _make_run(
     denoiser = denoiser.to_empty(device=_HOST).eval().requires_grad_(False)
     job = job_of(config)
     target = torch.device("cuda" if cuda else "cpu")
+    beside = job.load(config, family, device=torch.device("meta"), precision=precision, seed=0)
+    beside = {name: module.to_empty(device=_HOST) for name, module in beside.items()}
     side = assemble(
-        config, family, job, denoiser, {}, _HOST, precision, seed=0, optimizer_device=target, carriers=carriers
+        config, family, job, denoiser, beside, _HOST, precision, seed=0, optimizer_device=target, carriers=carriers
     )
     accelerator = cast(Any, _Accelerator(precision.mixed))
-    batch = hollow_batch(family, text, shape)
+    batch = hollow_batch(family, text, shape, steered=config.control_net is not None)
     allocations.name(batch_tensors(batch), BATCH)
     run = trial_run(config, family, side, accelerator, shape, batch, precision)
     allocations.name(run.parameters, TRAINED)
@@ -234,9 +236,10 @@ def trial_run(
     )
 
 
-def hollow_batch(family: ModelFamily, text: TensorRecord, shape: MicroBatchShape) -> Batch:
-    """A batch of this shape; without numbers inside ``Hollow``."""
+def hollow_batch(family: ModelFamily, text: TensorRecord, shape: MicroBatchShape, *, steered: bool = False) -> Batch:
+    """A batch of this shape, with control pictures if it is ``steered``; without numbers inside ``Hollow``."""
     latent_format, rows = family.latents.format, shape.rows
+    width, height = shape.resolution
     size = (rows, latent_format.channels, *latent_format.latent_size(shape.resolution))
     return Batch(
         keys=tuple(map(str, range(rows))),
@@ -250,6 +253,7 @@ def hollow_batch(family: ModelFamily, text: TensorRecord, shape: MicroBatchShape
         text=type(text).from_tensors(
             {name: torch.empty(value.shape, dtype=value.dtype) for name, value in text.tensors().items()}
         ),
+        control=torch.empty(rows, 3, height, width) if steered else None,
     )
 
 

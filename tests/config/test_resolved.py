@@ -29,12 +29,12 @@ ARGV = (
 
 
 def groups_of(config):
-    names = training_groups(family_options("sd3"), network=True)
+    names = training_groups(family_options("sd3"), job="adapter")
     return {name: getattr(config, name) for name in names}
 
 
 def read_back(path):
-    line = read_command_line(training_groups(family_options("sd3"), network=True), ["--config_file", str(path)])
+    line = read_command_line(training_groups(family_options("sd3"), job="adapter"), ["--config_file", str(path)])
     assert not line.problems
     return make_run_config("sd3", "sd3_train_network.py", line.groups, line.provenance, (dataset(),))
 

@@ -25,8 +25,8 @@ MODEL = ModelDescription(
 )
 
 
-def run_config(*argv, datasets=None, network=True):
-    groups = training_groups(family_options("sd3"), network=network)
+def run_config(*argv, datasets=None, job="adapter"):
+    groups = training_groups(family_options("sd3"), job=job)
     line = read_command_line(groups, argv)
     assert not line.problems
     datasets = (dataset(),) if datasets is None else datasets
@@ -116,7 +116,7 @@ def test_validation_with_held_out_pictures():
 
 def test_a_full_fine_tune_has_no_teacher():
     argv = ("--learning_rate", "1e-5")
-    problems = run_config(*argv, network=False, datasets=(dataset(is_regularisation_data=True),)).problems()
+    problems = run_config(*argv, job="full", datasets=(dataset(is_regularisation_data=True),)).problems()
     assert problems == [
         "datasets[0].subsets[0] (cats): is_regularisation_data needs an adapter to switch off; a full fine-tune has "
         "none"
@@ -144,10 +144,10 @@ def test_learning_rate_of_adapters_is_derived():
 
 
 def test_a_full_fine_tune_names_its_learning_rate():
-    config = run_config(network=False)
+    config = run_config(job="full")
     assert config.network is None and config.problems() == []
     assert [problem.split()[0] for problem in config.model_problems(MODEL)] == ["--learning_rate"]
-    assert run_config("--learning_rate", "1e-5", network=False).model_problems(MODEL) == []
+    assert run_config("--learning_rate", "1e-5", job="full").model_problems(MODEL) == []
     sure = dataclasses.replace(MODEL, defaults={"learning_rate": 1e-5})
     config = config.with_model_defaults(sure)
     assert config.model_problems(sure) == [] and config.optimizer.learning_rate == 1e-5
@@ -165,7 +165,7 @@ def test_a_full_fine_tune_names_its_learning_rate():
     ],
 )
 def test_contradictions_in_a_full_fine_tune(argv, problem):
-    (found,) = run_config("--learning_rate", "1e-5", *argv, network=False).problems()
+    (found,) = run_config("--learning_rate", "1e-5", *argv, job="full").problems()
     assert found.startswith(problem)
 
 
@@ -183,7 +183,7 @@ def test_contradictions_in_a_full_fine_tune(argv, problem):
     ],
 )
 def test_what_a_model_can_not_do_in_a_full_fine_tune(argv, changes, problem):
-    config = run_config("--learning_rate", "1e-5", *argv, network=False)
+    config = run_config("--learning_rate", "1e-5", *argv, job="full")
     assert config.problems() == []
     (found,) = config.model_problems(dataclasses.replace(MODEL, **changes))
     assert found.startswith(problem)
@@ -198,7 +198,7 @@ def test_who_trains_text_encoders():
     assert run_config().trains_text_encoders
     assert not run_config("--network_train_unet_only").trains_text_encoders
     assert not run_config("--text_encoder_lr", "0").trains_text_encoders
-    assert not run_config("--learning_rate", "1", network=False).trains_text_encoders
+    assert not run_config("--learning_rate", "1", job="full").trains_text_encoders
 
 
 def test_all_values_as_json_without_secrets():
@@ -211,6 +211,6 @@ def test_all_values_as_json_without_secrets():
 
 def test_groups_are_attributes_of_the_configuration():
     config = run_config()
-    for attribute, group in training_groups(family_options("sd3"), network=True).items():
+    for attribute, group in training_groups(family_options("sd3"), job="adapter").items():
         assert isinstance(getattr(config, attribute), group)
     assert dataclasses.is_dataclass(config)

@@ -17,7 +17,7 @@ KOHYA_OPTIONS = (Path(__file__).parents[1] / "data" / "kohya_options.txt").read_
 
 
 def honoured(family):
-    groups = training_groups(family_options(family), network=True)
+    groups = training_groups(family_options(family), job="adapter")
     return set(canonical_names(all_options({"invocation": InvocationConfig, **groups})))
 
 

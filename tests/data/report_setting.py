@@ -33,7 +33,7 @@ def samples(*sizes, number=0, position=0, start=0, **fields):
 
 
 def run(*datasets, **options):
-    groups = training_groups(family_options("sd3"), network=True)
+    groups = training_groups(family_options("sd3"), job="adapter")
     built = build(groups, {}, {"max_train_steps": 10, **options})
     assert not built.problems
     return make_run_config("sd3", "test.py", built.groups, built.provenance, datasets)

@@ -34,7 +34,7 @@ def train(trainers, family: str, output: str, **options) -> int:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
-    return main(family, network=True, argv=trainers[family].arguments(output, **{**CACHED, **options}))
+    return main(family, job="adapter", argv=trainers[family].arguments(output, **{**CACHED, **options}))
 
 
 def equal(first: dict, second: dict) -> bool:

@@ -159,7 +159,7 @@ def train(trainer, folder):
         PartialState._reset_state()
         settings = {"pretrained_model_name_or_path": folder, "max_train_steps": 2, "network_dim": 4, **options}
         try:
-            return cli_main("sana", network=True, argv=trainer.arguments(output, **settings))
+            return cli_main("sana", job="adapter", argv=trainer.arguments(output, **settings))
         finally:
             logging.getLogger().handlers.clear()
 

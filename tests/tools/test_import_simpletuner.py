@@ -71,9 +71,9 @@ def configuration(tmp_path, monkeypatch):
     return write
 
 
-def imported(network=True):
+def imported(job="adapter"):
     """The run configuration that the written files give, and what is wrong with it."""
-    groups = training_groups(family_options("sd3"), network=network)
+    groups = training_groups(family_options("sd3"), job=job)
     line = read_command_line(groups, ["--config_file", "out/run.toml"])
     read = {name: line.groups[name] for name in ("data", "pictures", "captions")}
     datasets = read_datasets(*read.values(), resolution_step=16)

@@ -58,7 +58,7 @@ def here(monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         try:
-            return Ended(main("sd3", network=True, argv=command[2:]))
+            return Ended(main("sd3", job="adapter", argv=command[2:]))
         finally:
             logging.getLogger().handlers.clear()
 

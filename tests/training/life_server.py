@@ -36,7 +36,7 @@ class Life:
     """
 
     family: str
-    network: bool
+    job: str
     argv: Sequence[str]
     folder: str
     said: str
@@ -129,7 +129,7 @@ def _run(life: Life, counted: Path) -> None:
         sys.addaudithook(changes.audit)
         from library.cli import main
 
-        code = main(life.family, network=life.network, argv=life.argv)
+        code = main(life.family, job=life.job, argv=life.argv)
         counted.write_text(str(changes.count))
     finally:
         sys.stdout.flush()

@@ -98,4 +98,4 @@ if __name__ == "__main__":
     if full := os.environ.get("FULL_DISK"):
         sharded_states.write = without_room(sharded_states.write, full)
     setup.train = watched(setup.train, sys.argv[2])
-    sys.exit(main(sys.argv[1], network=False, argv=sys.argv[3:]))
+    sys.exit(main(sys.argv[1], job="full", argv=sys.argv[3:]))

@@ -33,7 +33,9 @@ def fresh():
 def test_it_trains_and_draws_the_same(
     family, network, options, graphs, tiny_file, tiny_sana_file, photos, tmp_path, capsys
 ):
-    trainer = Trainer(tiny_file if family == "sd3" else tiny_sana_file, photos, tmp_path, family, network)
+    trainer = Trainer(
+        tiny_file if family == "sd3" else tiny_sana_file, photos, tmp_path, family, "adapter" if network else "full"
+    )
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --l 3 --d 5\n")
     options = {**CACHED, **options, "sample_prompts": prompts, "sample_every_n_steps": 2, "max_train_steps": 2}
@@ -66,7 +68,9 @@ def test_what_can_not_be_is_said_before_anything_is_loaded(full_trainer, capsys,
 @pytest.mark.parametrize("family", ["sd3", "sana"])
 def test_the_compilers_own_code_learns_nearly_the_same(family, network, tiny_file, tiny_sana_file, photos, tmp_path):
     """With pictures of several shapes, so that sizes are variables."""
-    trainer = Trainer(tiny_file if family == "sd3" else tiny_sana_file, photos, tmp_path, family, network)
+    trainer = Trainer(
+        tiny_file if family == "sd3" else tiny_sana_file, photos, tmp_path, family, "adapter" if network else "full"
+    )
     options = {**CACHED, "max_train_steps": 4, "mixed_precision": "no", "gradient_checkpointing": not network}
     options = {name: value for name, value in options.items() if value is not False}
     if network:

@@ -87,7 +87,7 @@ def trainer_of(family: str, model: Path, folder: Path) -> Trainer:
     for name in ("chelsea", "camera", "coffee", "clock_motion"):
         for ending in (".png", ".txt"):
             shutil.copy(photos / f"{name}{ending}", four)
-    return Trainer(model, four, folder, family, network=family != "sana")
+    return Trainer(model, four, folder, family, job="full" if family == "sana" else "adapter")
 
 
 def losses(trainer: Trainer, same: Same, **options) -> list[float]:

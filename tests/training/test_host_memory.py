@@ -25,7 +25,7 @@ GPU, MIB = torch.device("cuda"), 2**20
     ],
 )
 def test_what_does_not_fit_into_host_memory_is_refused(tiny_sana_file, photos, tmp_path, network, options, told):
-    trainer = Trainer(tiny_sana_file, photos, tmp_path, "sana", network=network)
+    trainer = Trainer(tiny_sana_file, photos, tmp_path, "sana", job="adapter" if network else "full")
     if network:
         options = {**options, "network_train_unet_only": True}
     config, family = configured(trainer, **CACHED, **options)

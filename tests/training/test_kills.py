@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(job, reques
 
         def live(output: str, **when) -> int:
             folder = str(trainer.folder / output)
-            life = Life(trainer.family, trainer.network, options(trainer, output), folder, str(said), **when)
+            life = Life(trainer.family, trainer.job, options(trainer, output), folder, str(said), **when)
             nonlocal whole
             death = server.live(life)
             whole = whole or death

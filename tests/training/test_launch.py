@@ -126,7 +126,7 @@ def test_a_script_leaves_its_group_of_processes_and_a_call_does_not(monkeypatch)
     monkeypatch.setattr(cli, "_run", lambda script, arguments: 0)
     monkeypatch.setattr(group, "is_initialized", lambda: True)
     monkeypatch.setattr(group, "destroy_process_group", lambda: left.append(True))
-    assert cli.main("sd3", network=True, argv=[]) == 0 and left == []
-    assert cli.main("sd3", network=True) == 0 and left == [True]
+    assert cli.main("sd3", job="adapter", argv=[]) == 0 and left == []
+    assert cli.main("sd3", job="adapter") == 0 and left == [True]
     monkeypatch.setattr(group, "is_initialized", lambda: False)
-    assert cli.main("sd3", network=True) == 0 and left == [True]
+    assert cli.main("sd3", job="adapter") == 0 and left == [True]

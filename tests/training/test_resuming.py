@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.cli import SCRIPTS
 from library.config.errors import ConfigError
 from library.config.options import option_values
-from library.config.run import training_groups
-from library.families import FAMILIES, family_options
 from library.training.resume_from import Resumed
 from library.training.resuming import _is_compared, changes_since
 from library.training.schedules import learning_rate_multiplier
@@ -191,11 +190,10 @@ def test_what_may_change_and_what_may_not(trainer, stopped):
             changes_since(changed(group, **{name: value}), resumed)
 
 
-@pytest.mark.parametrize("script", [f"{family}_train{end}" for family in FAMILIES for end in ("", "_network")])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_has_been_decided_on(script):
     """The options that a resumed run must not change are listed: a new option asks for a decision."""
-    family, network = script.split("_")[0], script.endswith("_network")
-    groups = training_groups(family_options(family), network=network)
+    groups = SCRIPTS[script].groups
     config = dataclasses.make_dataclass(
         "Config", [(name, kind, kind()) for name, kind in groups.items()], frozen=True
     )()

@@ -397,7 +397,7 @@ def limited(run, stem, done):
     return save(run, stem, done)
 
 saving_hooks.save_state = limited
-code = main("sd3", network=True, argv=sys.argv[1:])
+code = main("sd3", job="adapter", argv=sys.argv[1:])
 pathlib.Path({folder!r}, "code" + os.environ["RANK"]).write_text(str(code))
 """
 

@@ -169,7 +169,7 @@ def test_training_from_codes_and_from_what_they_stand_for_is_the_same(tiny_tenso
 def test_a_full_fine_tune_from_fp8_is_warned_of_and_writes_whole_weights(tiny_tensors, full_trainer, capsys):
     path, tensors = full_trainer.folder / "model.safetensors", narrowed(tiny_tensors, "scale_weight")
     save_tensors(tensors, path, {})
-    own = Trainer(path, full_trainer.photos, full_trainer.folder, network=False)
+    own = Trainer(path, full_trainer.photos, full_trainer.folder, job="full")
     options = {"tokenizer_dir": full_trainer.checkpoint.parent, "cache_latents": True, "save_parts": ["text_encoders"]}
     assert own("full", **options, cache_text_encoder_outputs=True, max_train_steps=1) == 0
     told = capsys.readouterr().err

@@ -83,7 +83,8 @@ def with_teacher(trainer):
     ],
 )
 def test_a_micro_batch_never_waits(tiny_file, tiny_sana_file, photos, tmp_path, family, network, options):
-    trainer = Trainer(tiny_file if family == "sd3" else tiny_sana_file, photos, tmp_path, family, network=network)
+    model, job = tiny_file if family == "sd3" else tiny_sana_file, "adapter" if network else "full"
+    trainer = Trainer(model, photos, tmp_path, family, job)
     if network:
         options = {"network_train_unet_only": True, **options}
     if options.pop("prior", False):

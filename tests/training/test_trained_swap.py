@@ -116,7 +116,7 @@ def trainer(request, tiny_file, tiny_sana_file, photos, tmp_path):
     from tests.conftest import Trainer
 
     checkpoint = tiny_file if request.param == "sd3" else tiny_sana_file
-    return Trainer(checkpoint, photos, tmp_path, request.param, network=False)
+    return Trainer(checkpoint, photos, tmp_path, request.param, job="full")
 
 
 def test_a_run_with_everything_ends_with_the_same_bytes(trainer, tmp_path, request):

@@ -55,7 +55,7 @@ def test_the_written_configuration_gives_the_same_run_again(trainer):
     from library.cli import main
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert main("sd3", network=True, argv=["--config_file", str(again)]) == 0
+    assert main("sd3", job="adapter", argv=["--config_file", str(again)]) == 0
     assert equal(trainer.weights("first"), trainer.weights("second"))
 
 

@@ -90,7 +90,8 @@ class SanaFlowConfig(FlowConfig):
 OPTIONS = SanaOptions
 OBJECTIVE_GROUPS = {"flow": SanaFlowConfig, "loss": LossConfig}
 SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
-NETWORK_SCRIPT, FULL_SCRIPT = "sana_train_network", "sana_train"
+SCRIPTS = {"adapter": "sana_train_network", "full": "sana_train"}
+"""What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Sana / Sana-1.5"
 LATENTS = LatentFormat(channels=32, stride=32, patch=1, scale=0.41407, shift=0.0)
 RESOLUTION_STEP = LATENTS.resolution_step

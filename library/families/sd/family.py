@@ -24,6 +24,8 @@ from library.families.sd.checkpoint import (
     read_unet_config,
     read_vae_config,
 )
+from library.families.sd.control_net import ControlNet, steer
+from library.families.sd.control_net_weights import load_control_net, save_control_net
 from library.families.sd.export import base_weights, complete_pipeline, kept_beside, save_folder, save_single
 from library.families.sd.files import UNSKIPPABLE, SdFiles, describe, locate
 from library.families.sd.latents import sd_latents
@@ -126,7 +128,30 @@ class SdFamily:
         """The noise or the velocity (B, C, h, w), as the model answers."""
         assert isinstance(text, SdText)
         dtype = next(denoiser.parameters()).dtype
-        return denoiser(noised.x_t.to(dtype), timestep_of(noised.sigma), text.context.to(dtype))
+        control = {} if noised.control is None else {"hint": noised.control.to(dtype)}
+        return denoiser(noised.x_t.to(dtype), timestep_of(noised.sigma), text.context.to(dtype), **control)
+
+    def load_control_net(self, path: str | None, *, seed: int, device: Any, dtype: Any) -> ControlNet:
+        """The ControlNet at ``path``, or one that begins as a copy of the U-Net."""
+        attention = attention_function(self.attention)
+        return load_control_net(
+            path, self.files.denoiser, attention=attention, seed=seed, device=device, dtype=dtype, mmap=self.mmap
+        )
+
+    def steer(self, denoiser: nn.Module, control_net: nn.Module) -> None:
+        """From now on ``predict`` shows ``NoisedLatents.control`` to the ControlNet, which acts on the U-Net."""
+        steer(denoiser, control_net)
+
+    def control_net_blocks(self, control_net: nn.Module) -> Sequence[nn.Module]:
+        """Its stages in forward order."""
+        assert isinstance(control_net, ControlNet)
+        return control_net.stages
+
+    def write_control_net(
+        self, weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, layout: str, dtype: Any
+    ) -> None:
+        """A file or a folder in diffusers' spelling."""
+        save_control_net(weights, self.files.denoiser, path, metadata, layout=layout, dtype=dtype)
 
     def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """The stages in forward order."""

@@ -51,7 +51,8 @@ class SdOptions:
 OPTIONS = SdOptions
 OBJECTIVE_GROUPS = {"ddpm": DdpmConfig, "loss": LossConfig}
 SAMPLING, GENERATE_GROUPS = DdpmSamplingConfig, {"ddpm": DdpmPictureConfig, "generate": DdpmGenerateConfig}
-NETWORK_SCRIPT, FULL_SCRIPT = "train_network", "train"
+SCRIPTS = {"adapter": "train_network", "full": "train", "control_net": "train_control_net"}
+"""What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Stable Diffusion 1.x / 2.x"
 LATENTS = LatentFormat(channels=4, stride=8, patch=8, scale=0.18215, shift=0.0)
 RESOLUTION_STEP = LATENTS.resolution_step

@@ -107,14 +107,8 @@ class UNet(nn.Module):
             nn.Linear(config.width, config.embedding), nn.SiLU(), nn.Linear(config.embedding, config.embedding)
         )
         self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(config.in_channels, config.width, 3, padding=1))])
-        self.input_blocks.extend(_way_down(config, widths, attention))
-        self.middle_block = Stage(
-            [
-                ResBlock(widths[-1], widths[-1], config.embedding),
-                _transformer(config, widths[-1], attention),
-                ResBlock(widths[-1], widths[-1], config.embedding),
-            ]
-        )
+        self.input_blocks.extend(way_down(config, attention))
+        self.middle_block = middle(config, attention)
         self.output_blocks = nn.ModuleList(_way_up(config, widths, attention))
         self.out = nn.Sequential(
             nn.GroupNorm(NORM_GROUPS, config.width, eps=NORM_EPS),
@@ -177,8 +171,9 @@ def _transformer(config: UNetConfig, channels: int, attention: AttentionFunction
     )
 
 
-def _way_down(config: UNetConfig, widths: Sequence[int], attention: AttentionFunction) -> Iterator[Stage]:
-    channels = config.width
+def way_down(config: UNetConfig, attention: AttentionFunction) -> Iterator[Stage]:
+    """The input blocks after the first convolution."""
+    channels, widths = config.width, [config.width * multiplier for multiplier in config.multipliers]
     for level, width in enumerate(widths):
         for _ in range(config.blocks_per_level):
             pieces: list[nn.Module] = [ResBlock(channels, width, config.embedding)]
@@ -188,6 +183,18 @@ def _way_down(config: UNetConfig, widths: Sequence[int], attention: AttentionFun
             yield Stage(pieces)
         if level + 1 < len(widths):
             yield Stage([Downsample(channels)])
+
+
+def middle(config: UNetConfig, attention: AttentionFunction) -> Stage:
+    """What stands between the way down and the way up."""
+    width = config.width * config.multipliers[-1]
+    return Stage(
+        [
+            ResBlock(width, width, config.embedding),
+            _transformer(config, width, attention),
+            ResBlock(width, width, config.embedding),
+        ]
+    )
 
 
 def _way_up(config: UNetConfig, widths: Sequence[int], attention: AttentionFunction) -> Iterator[Stage]:

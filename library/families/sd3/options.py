@@ -111,7 +111,8 @@ class Sd3Options:
 OPTIONS = Sd3Options
 OBJECTIVE_GROUPS = {"flow": FlowConfig, "loss": LossConfig}
 SAMPLING, GENERATE_GROUPS = FlowSamplingConfig, {"generate": FlowGenerateConfig}
-NETWORK_SCRIPT, FULL_SCRIPT = "sd3_train_network", "sd3_train"
+SCRIPTS = {"adapter": "sd3_train_network", "full": "sd3_train"}
+"""What is trained (``library.config.run.JOBS``) -> the script that trains it."""
 TITLE = "Stable Diffusion 3 / 3.5"
 LATENTS = LatentFormat(channels=16, stride=8, patch=2, scale=1.5305, shift=0.0609)
 RESOLUTION_STEP = LATENTS.resolution_step

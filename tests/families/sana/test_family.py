@@ -142,7 +142,7 @@ def test_the_shift_of_the_resolution():
 
 @pytest.mark.parametrize(("word", "factor"), [("0.1", 0.1), ("0.5", 0.5), ("4", 4.0)])
 def test_the_shift_of_the_command_line(word, factor):
-    groups = training_groups(family_options("sana"), network=True)
+    groups = training_groups(family_options("sana"), job="adapter")
     given = read_command_line(groups, ["--flow_schedule_shift", word])
     flow = given.groups["flow"]
     assert flow.training_shift == factor
@@ -151,7 +151,7 @@ def test_the_shift_of_the_command_line(word, factor):
 
 
 def test_shifts_out_of_range_are_refused():
-    groups = training_groups(family_options("sana"), network=True)
+    groups = training_groups(family_options("sana"), job="adapter")
     for word in ("0.05", "11"):
         (problem,) = [
             text for text in read_command_line(groups, ["--flow_schedule_shift", word]).problems if "shift" in text
@@ -191,7 +191,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity():
 def test_the_learning_rate_of_a_full_fine_tune_and_of_adapters(sana_file):
     description = make(sana_file).description
     assert description.defaults["learning_rate"] == 1e-5
-    groups = training_groups(family_options("sana"), network=True)
+    groups = training_groups(family_options("sana"), job="adapter")
     assert read_command_line(groups, []).groups["optimizer"].learning_rate == OptimizerConfig().learning_rate
 
 

@@ -119,7 +119,7 @@ def test_velocities_are_trained_and_written_into_the_file(sd_trainer):
 
 
 def test_a_full_fine_tune_takes_the_same_options(sd_trainer):
-    train = dataclasses.replace(sd_trainer, network=False)
+    train = dataclasses.replace(sd_trainer, job="full")
     options = {**NOISE_OPTIONS, "max_train_steps": 1}
     plain = train.with_run("out", lambda run: run.family.objective, max_train_steps=1)
     noisy = train.with_run("out", lambda run: run.family.objective, **options)
