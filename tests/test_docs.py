@@ -12,7 +12,6 @@ from library.config import data as data_config
 from library.config.command_line import InvocationConfig, read_command_line
 from library.config.dataset import DatasetConfig, SubsetConfig, TomlKeys
 from library.config.errors import ConfigError
-from library.config.generate import GenerateConfig
 from library.config.model import ModelConfig
 from library.config.options import all_options
 from library.config.run import training_groups
@@ -62,7 +61,7 @@ def groups_of_scripts():
         options = family_options(family)
         for job in options.SCRIPTS:
             yield {"invocation": InvocationConfig, **training_groups(options, job=job)}
-        generate = {"model": ModelConfig, "family": options.OPTIONS, "generate": GenerateConfig}
+        generate = {"model": ModelConfig, "family": options.OPTIONS, **options.GENERATE_GROUPS}
         yield {"invocation": InvocationConfig, **generate}
     yield {"inspection": InspectionConfig}
 
@@ -221,10 +220,10 @@ def commands(page):
 
 @pages(having="```bash")
 def test_commands_are_understood(page):
-    generate = {"model": ModelConfig, "family": family_options("sd3").OPTIONS, "generate": GenerateConfig}
-    scripts = {"generate.py": generate}
-    scripts |= {f"{name}.py": script.groups for name, script in cli.SCRIPTS.items()}
+    scripts = {f"{name}.py": script.groups for name, script in cli.SCRIPTS.items()}
     for words in commands(page):
+        family = family_options(words[words.index("--family") + 1] if "--family" in words else "sd3")
+        scripts["generate.py"] = {"model": ModelConfig, "family": family.OPTIONS, **family.GENERATE_GROUPS}
         for script, groups in scripts.items():
             if script in words:
                 options = words[words.index(script) + 1 :]

@@ -31,8 +31,10 @@ def pages() -> dict[str, str]:
 
 def generate_groups() -> dict[str, type]:
     """The option groups of generate.py, those of every family among them."""
-    families = {family: family_options(family).OPTIONS for family in FAMILIES}
-    return {"model": ModelConfig, **families, "generate": GenerateConfig}
+    modules = [family_options(family) for family in FAMILIES]
+    own = {family: module.OPTIONS for family, module in zip(FAMILIES, modules)}
+    others = {name: group for module in modules for name, group in module.GENERATE_GROUPS.items() if name != "generate"}
+    return {"model": ModelConfig, **own, **others, "generate": GenerateConfig}
 
 
 def page(script: str, job: str, groups: Mapping[str, type], refused: Mapping[str, str]) -> str:

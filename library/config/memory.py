@@ -84,9 +84,9 @@ class MemoryConfig:
     )
     base_model_precision: str = option(
         "no_change",
-        "For adapters: store the matrices of the frozen denoiser's blocks in 8 or 4 bits, with a scale per output or "
-        "per 64 weights; norms, embeddings and what comes first and last stay as they are. What comes after a dash, as "
-        "other tools write it, doesn't matter.",
+        "For adapters and ControlNets: store the matrices of the frozen denoiser's blocks in 8 or 4 bits, with a scale "
+        "per output or per 64 weights; norms, embeddings and what comes first and last stay as they are. What comes "
+        "after a dash, as other tools write it, doesn't matter.",
         choices=("no_change", *FORMAT_NAMES),
         metadata_key="ss_base_model_precision",
     )

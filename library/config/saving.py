@@ -78,8 +78,8 @@ class SavingConfig:
     )
     save_model_as: str = option(
         "safetensors",
-        "What is written: one file (safetensors); in a full fine-tune also a folder that diffusers loads (diffusers), "
-        "and for Sana NVlabs' own checkpoint (pth). Other pickles are refused.",
+        "What is written: one file (safetensors); in a full fine-tune, and of a ControlNet, also a folder that "
+        "diffusers loads (diffusers), and for Sana NVlabs' own checkpoint (pth). Other pickles are refused.",
         parse=parse_save_model_as,
         metavar="LAYOUT",
     )

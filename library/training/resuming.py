@@ -14,7 +14,7 @@ from library.training.resume_from import Resumed
 _FREE_GROUPS = {"model", "validation", "sampling", "saving", "logging"}
 _FREE_OPTIONS = {
     *("learning_rate", "unet_lr", "text_encoder_lr", "lr_decay_steps"),
-    *("save_format", "save_parts", "network_weights"),
+    *("save_format", "save_parts", "network_weights", "controlnet_model_name_or_path"),
     *("max_train_steps", "max_train_epochs", "max_train_seconds", "ddp_timeout"),
     *("gradient_accumulation_steps", "resume", "resume_anyway", "seed"),  # steps and the seed are compared themselves
     *("ema_device", "ema_validation", "ema_save_raw"),

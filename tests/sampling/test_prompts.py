@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from library.config.errors import ConfigError
 from library.records import Resolution
@@ -65,6 +66,24 @@ def test_text_is_never_taken_for_an_option(tmp_path, text):
     assert (request.prompt, request.negative_prompt, request.seed) == ("a cat", text, 3)
 
 
+def test_a_steered_prompt_names_its_control_picture(tmp_path):
+    picture = tmp_path / "edges.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    (request,) = read(tmp_path, "prompts.txt", f"a cat --cn {picture} --d 3", steered=True)
+    assert (request.prompt, request.control, request.seed) == ("a cat", str(picture), 3)
+    table = json.dumps([{"prompt": "a cat", "controlnet_image": str(picture)}])
+    (request,) = read(tmp_path, "prompts.json", table, steered=True)
+    assert request.control == str(picture)
+    picture.write_bytes(picture.read_bytes()[:40])
+    for line, told in (
+        ("a cat", "line 1: the control picture is missing, by which the ControlNet steers; add --cn FILE"),
+        ("a cat --cn no.png", "line 1: the control picture 'no.png' can't be read: No such file"),
+        (f"a cat --cn {picture}", "line 1: the control picture .* can't be read: "),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            read(tmp_path, "prompts.txt", line, steered=True)
+
+
 def test_first_characters_of_the_text_are_no_option_either(tmp_path):
     assert one(tmp_path, "n girl, standing").prompt == "n girl, standing"
     assert one(tmp_path, "s 12 cats").steps == 28
@@ -91,7 +110,7 @@ def test_first_characters_of_the_text_are_no_option_either(tmp_path):
         ("a cat --h 8", "line 2: height 8 isn't a multiple of 16; the nearest are 16"),
         ("a cat --w 64 --w 64", "--w stands twice"),
         ("a cat --g 3.5", "--g does nothing: the model has no guidance input; write the guidance scale as --l"),
-        ("a cat --cn x.png", "--cn does nothing"),
+        ("a cat --cn x.png", "line 2: the control picture 'x.png' does nothing: samples of train_control_net.py alone"),
         ("--w 64 --h 64", "line 2: the prompt is missing"),
     ],
 )

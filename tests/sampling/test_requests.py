@@ -1,11 +1,13 @@
 """What the options of a training run make of the prompts."""
 
+import dataclasses
 import json
 
 import pytest
 
 from library.config.errors import ConfigError
-from library.config.sampling import SamplingConfig
+from library.config.samplers import DDPM_SAMPLERS
+from library.config.sampling import SamplingConfig, skip_layer_problems
 from library.records import ModelDescription, Resolution, SamplingDefaults
 from library.sampling.requests import requested_samples
 
@@ -142,3 +144,28 @@ def test_previews_that_never_come(write):
     requests(prompts=prompts, preview_every=5)
     with pytest.raises(ConfigError, match="--preview_every 6 does nothing: no picture has more than 6 steps"):
         requests(prompts=prompts, preview_every=6)
+
+
+NOISE = dataclasses.replace(
+    PLAIN, title="Noise", sampling=SamplingDefaults(sampler="ddim", samplers=DDPM_SAMPLERS, steps=30, scale=7.5)
+)
+
+
+def test_a_prompt_names_a_sampler_that_the_model_has(write):
+    lines = "a cat --ss k_euler_a\na dog --ss uni_pc\na bird\n"
+    assert [made.sampler for made in requests(NOISE, prompts=write(lines))] == ["euler_a", "unipc", "ddim"]
+    known = "expected one of ddim, euler, euler_a, dpmpp_2m, unipc, got 'heun'"
+    with pytest.raises(ConfigError, match=f"prompts.txt, line 1: --ss: {known}"):
+        requests(NOISE, prompts=write("a cat --ss heun"))
+    with pytest.raises(ConfigError, match=f"prompts.json, prompt 1: sample_sampler: {known}"):
+        requests(NOISE, prompts=write([{"prompt": "a cat", "sample_sampler": "heun"}], "prompts.json"))
+    with pytest.raises(ConfigError, match="--ss: expected one of euler, heun, dpmpp_2m, got 'euler_a'"):
+        requests(prompts=write("a cat --ss k_euler_a"))
+
+
+def test_blocks_that_can_not_be_left_out():
+    asked = SamplingConfig(sample_at_first=True, validation_prompt=("a",), validation_guidance_skip_layers=(0,))
+    assert skip_layer_problems(asked, dataclasses.replace(NOISE, blocks=3)) == []
+    (problem,) = skip_layer_problems(asked, dataclasses.replace(NOISE, blocks=3, unskippable="they are needed"))
+    assert problem == "--validation_guidance_skip_layers does nothing for Noise: they are needed. Remove it"
+    assert skip_layer_problems(SamplingConfig(), dataclasses.replace(NOISE, unskippable="they are needed")) == []

@@ -80,9 +80,8 @@ def steer(unet: nn.Module, control_net: nn.Module) -> None:
     The U-Net stays the same module: its weights keep their names, its stages their places.
     """
 
-    def with_control(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        rest = dict(named)
-        hint = rest.pop("hint")
-        return arguments, {**rest, "control": control_net(*arguments, hint)}
+    def with_control(_: nn.Module, asked: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rest = {name: value for name, value in named.items() if name != "hint"}
+        return asked, {**rest, "control": control_net(*asked, named["hint"])}
 
     unet.register_forward_pre_hook(with_control, with_kwargs=True)

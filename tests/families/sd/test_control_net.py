@@ -1,13 +1,19 @@
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from library.families.sd.control_net import ControlNet, steer
 from library.families.sd.control_net_keys import control_net_keys
 from library.families.sd.unet import CONFIGS
 from library.io.key_maps import from_diffusers, to_diffusers
+from library.memory.block_swap import BlockSwap
+from library.memory.checkpointing import enable_checkpointing
 from library.nn.attention import sdpa
-from tests.families.sd.test_unet import KINDS, TINY, assert_close, inputs, random_unet
+from library.records import Resolution
+from library.sampling.pictures import control_picture
+from tests.families.sd.test_unet import KINDS, TINY, assert_close, diffusers_twin, inputs, random_unet
+from tests.memory.late_transfers import LateTransfers
 
 PARAMETERS = {"sd1": 361_279_120, "sd2": 364_228_240}
 
@@ -114,3 +120,70 @@ def test_stages_are_all_after_the_first_convolution():
         stage.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
     control_net(**batch, hint=hint(batch))
     assert seen == list(range(len(control_net.stages))) == list(range(12))
+
+
+@pytest.mark.parametrize("interval", [None, 1])
+def test_the_frozen_model_may_take_turns_on_the_device(interval):
+    """The backward pass ends at its middle: what lies before has no gradient, and need not come back."""
+
+    def gradients(**how):
+        unet, control_net = random_unet(KINDS["shallow"]).requires_grad_(False), random_control_net(KINDS["shallow"])
+        blocks, transfers = list(unet.stages), LateTransfers()
+        if how:
+            BlockSwap(blocks, 5, transfers, checkpointed=range(len(blocks)) if interval else ())
+        if interval:
+            enable_checkpointing(blocks, interval)
+        steer(unet, control_net)
+        batch = inputs(unet.config)
+        for _ in range(2):
+            answer = unet(batch["x_t"], batch["timestep"], batch["context"], hint=hint(batch))
+            answer.square().mean().backward()
+        assert bool(transfers.fetched) == bool(how)
+        return [answer, *(parameter.grad for parameter in control_net.parameters())]
+
+    plain, swapped = gradients(), gradients(swapped=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, swapped, strict=True))
+
+
+@pytest.mark.reference
+def test_diffusers_pipeline_asks_the_same_question(tmp_path):
+    """The picture goes in as a file on both sides; the answer of the first step is the same."""
+    diffusers = pytest.importorskip("diffusers")
+    unet, control_net = random_unet(TINY), random_control_net(TINY)
+    their_control_net = twin_of(diffusers, TINY)
+    their_control_net.load_state_dict(dict(to_diffusers(control_net.state_dict(), keys(TINY))))
+    their_unet = diffusers_twin(unet)
+    seen = []
+    their_unet.register_forward_hook(lambda _, given, answer: seen.append((*given[:2], answer[0])))
+    pipeline = diffusers.StableDiffusionControlNetPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4),
+        text_encoder=None,
+        tokenizer=None,
+        unet=their_unet,
+        controlnet=their_control_net,
+        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    picture = tmp_path / "control.png"
+    Image.merge("RGB", [Image.effect_noise((128, 64), sigma) for sigma in (20, 90, 150)]).save(picture)
+    batch = {name: value[:1] for name, value in inputs(TINY).items()}
+    pipeline(
+        prompt_embeds=batch["context"],
+        image=Image.open(picture),
+        latents=batch["x_t"],
+        width=128,
+        height=64,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="latent",
+    )
+    ((x_t, timestep, expected),) = seen
+    steer(unet, control_net)
+    with torch.no_grad():
+        answer = unet(
+            x_t, timestep.reshape(1), batch["context"], hint=control_picture(str(picture), Resolution(128, 64))
+        )
+    assert_close(answer, expected)

@@ -18,13 +18,12 @@ from library.families.sd.options import SdOptions
 from library.randomness import torch_generator
 from library.sampling.pictures import encode_prompts, generate
 from library.sampling.prompts import PromptRequest
-from tests.families.sd.pipelines import pipeline
-from tests.tiny import TINY_SD
+from tests.tiny import TINY_SD, TINY_SD2
 from tools.miniature_sd import make_sd
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 STEPS = 8
-SIZES = {"sd1": TINY_SD, "sd2": dataclasses.replace(TINY_SD, is_v2=True, width=64, clip_depth=3)}
+SIZES = {"sd1": TINY_SD, "sd2-v": TINY_SD2}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KARRAS = {"use_karras_sigmas": True}
 THEIRS = {
@@ -39,16 +38,21 @@ THEIRS = {
 @pytest.fixture(scope="module", params=SIZES)
 def tiny(request, tmp_path_factory):
     """A miniature: 1.x predicts the noise, 2.x the velocity."""
-    sizes = SIZES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    return SimpleNamespace(file=make_sd(folder, sizes=sizes), folder=folder, sizes=sizes)
+    folder, how = tmp_path_factory.mktemp(request.param), {"sizes": SIZES[request.param], "variant": request.param}
+    return SimpleNamespace(
+        file=make_sd(folder / "single", **how),
+        folder=make_sd(folder / "diffusers", layout="diffusers", **how),
+        is_v2=request.param != "sd1",
+    )
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny):
     """diffusers' pipeline with the same weights."""
-    pytest.importorskip("diffusers")
-    return pipeline(tiny.folder, tiny.sizes, scheduler_of("ddim", tiny))
+    diffusers = pytest.importorskip("diffusers")
+    made = diffusers.StableDiffusionPipeline.from_pretrained(tiny.folder)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def family_of(tiny, *, zero_terminal_snr=False, **options):
@@ -56,7 +60,7 @@ def family_of(tiny, *, zero_terminal_snr=False, **options):
         SimpleNamespace(
             model=ModelConfig(pretrained_model_name_or_path=str(tiny.file)),
             family=SdOptions(**options),
-            ddpm=DdpmConfig(v_parameterization=tiny.sizes.is_v2, zero_terminal_snr=zero_terminal_snr),
+            ddpm=DdpmConfig(v_parameterization=tiny.is_v2, zero_terminal_snr=zero_terminal_snr),
             loss=LossConfig(),
             memory=MemoryConfig(),
         )
@@ -103,7 +107,7 @@ def scheduler_of(sampler, tiny, **changes):
     diffusers = pytest.importorskip("diffusers")
     name, own = THEIRS[sampler]
     kind = getattr(diffusers, name)
-    prediction = "v_prediction" if tiny.sizes.is_v2 else "epsilon"
+    prediction = "v_prediction" if tiny.is_v2 else "epsilon"
     settings = {"timestep_spacing": "leading", **SCHEDULE, **own, "prediction_type": prediction, **changes}
     return kind(**settings)
 
@@ -150,7 +154,7 @@ def test_latents_are_those_of_diffusers(tiny, pipe, monkeypatch, sampler, option
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("tiny", ["sd2"], indirect=True)
+@pytest.mark.parametrize("tiny", ["sd2-v"], indirect=True)
 @pytest.mark.parametrize("sampler", DDPM_SAMPLERS)
 def test_a_schedule_that_ends_in_noise_is_walked_from_its_end(tiny, pipe, monkeypatch, sampler):
     asked = request(sampler=sampler)

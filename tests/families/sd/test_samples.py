@@ -13,7 +13,7 @@ from library.config.model import ModelConfig
 from library.families import family_options
 from library.families.sd.files import describe, locate
 from library.sampling.generate_command import main, objective_groups
-from tests.tiny import TINY_SD
+from tests.tiny import TINY_SD2
 from tools.miniature_sd import make_sd
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
@@ -30,7 +30,7 @@ def settings_of(image: Image.Image) -> dict:
 
 def words(checkpoint, folder, *more) -> list[str]:
     return [
-        *("--family", "sd", "--pretrained_model_name_or_path", str(checkpoint), "--mixed_precision", "no"),
+        *("--pretrained_model_name_or_path", str(checkpoint), "--mixed_precision", "no"),
         *("--device", "cpu", "--width", "64", "--height", "64", "--seed", "5", "--steps", "4", "--output_name", "x"),
         *("--output_dir", str(folder), *map(str, more)),
     ]
@@ -79,7 +79,7 @@ def test_a_sample_in_training_is_the_picture_that_generate_makes(sd_trainer, tmp
 
 
 def test_generate_has_the_models_defaults(tiny_sd_file, tmp_path, capsys):
-    start = ["--family", "sd", "--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat", "--dry_run"]
+    start = ["--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat", "--dry_run"]
     assert main(start) == 0
     said = capsys.readouterr().out
     for part in ("model: Stable Diffusion 1.x", "'width': 512", "'steps': 30", "'scale': 7.5", "'sampler': 'ddim'"):
@@ -108,7 +108,7 @@ DDPM_NAMES = "expected one of ddim, euler, euler_a, dpmpp_2m, unipc, got"
     ],
 )
 def test_mistakes(tiny_sd_file, tmp_path, capsys, arguments, message):
-    start = ["--family", "sd", "--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat"]
+    start = ["--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat"]
     assert main([*start, "--output_dir", str(tmp_path / "made"), *arguments]) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
@@ -157,7 +157,7 @@ def test_files_that_say_what_they_predict_are_not_contradicted(tiny_sd_file, mon
         return dataclasses.replace(locate(*arguments), v_prediction=True)
 
     monkeypatch.setattr("library.families.sd.files.locate", said)
-    start = ["--family", "sd", "--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat", "--dry_run"]
+    start = ["--pretrained_model_name_or_path", str(tiny_sd_file), "--prompt", "a cat", "--dry_run"]
     assert main(start) == 0 and main([*start, "--v_parameterization", "--zero_terminal_snr"]) == 0
     assert "'width': 768" in capsys.readouterr().out
     assert main([*start, "--no-v_parameterization"]) == 2
@@ -165,8 +165,8 @@ def test_files_that_say_what_they_predict_are_not_contradicted(tiny_sd_file, mon
 
 
 def test_a_guess_is_said(tmp_path, capsys):
-    file = make_sd(tmp_path / "sd2", sizes=dataclasses.replace(TINY_SD, is_v2=True))
-    start = ["--family", "sd", "--pretrained_model_name_or_path", str(file), "--prompt", "a cat", "--dry_run"]
+    file = make_sd(tmp_path / "sd2", sizes=TINY_SD2)
+    start = ["--pretrained_model_name_or_path", str(file), "--prompt", "a cat", "--dry_run"]
     assert main(start) == 0
     assert "does not say what it predicts" in capsys.readouterr().out
     assert main([*start, "--v_parameterization"]) == 0
