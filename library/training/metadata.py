@@ -98,6 +98,7 @@ def checkpoint_metadata(run: Run, done: int, facts: Mapping[str, str], *, kind: 
     if not saving.no_metadata:
         return metadata
     minimal = {
+        "ss_v2",
         "ss_network_module",
         "ss_network_dim",
         "ss_network_alpha",

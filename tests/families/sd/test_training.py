@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.tiny import TINY_SD
+from tools.miniature_sd import make_sd
 from tools.miniature_tokenizers import WORDS
 
 CAPTION_OPTIONS = {"clip_skip": 2, "max_token_length": "150", "weighted_captions": True}
@@ -116,6 +118,22 @@ def test_velocities_are_trained_and_written_into_the_file(sd_trainer):
         "True"
     ] * 3
     assert metadata["ss_base_model_version"] == "sd_v1_v" and metadata["modelspec.prediction_type"] == "v"
+
+
+def test_a_second_generation_model_says_so_and_is_asked_about(sd_trainer, tmp_path, capsys):
+    sizes = dataclasses.replace(TINY_SD, is_v2=True, width=64)
+    train = dataclasses.replace(sd_trainer, checkpoint=make_sd(tmp_path / "second", sizes=sizes))
+    options = {"network_train_unet_only": True, "max_train_steps": 1, "no_metadata": True}
+    assert train("out", **options) == 0
+    assert "is Stable Diffusion 2.x and does not say what it predicts" in capsys.readouterr().err
+    metadata = metadata_of(train, "out")
+    assert metadata["ss_v2"] == "True" and metadata["ss_base_model_version"] == "sd_v2"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2-512/lora"
+    run = train.with_run(
+        "other", lambda run: (run.metadata, run.family.description), **options, v_parameterization=True
+    )
+    assert "does not say what it predicts" not in capsys.readouterr().err
+    assert run[0]["ss_base_model_version"] == "sd_v2_v" and run[1].architecture == "stable-diffusion-v2-768-v"
 
 
 def test_a_full_fine_tune_takes_the_same_options(sd_trainer):
