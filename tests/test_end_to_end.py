@@ -1,6 +1,5 @@
 """From training to files to pictures, on a tiny model: what was trained is what others load and what pictures show."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -165,14 +164,6 @@ def tiny_tensors(tiny_file) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Training collects garbage between models; among the imports of a test process that would take half its time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # What was trained is what is loaded
