@@ -16,6 +16,7 @@ from PIL import Image
 from library.config.errors import ConfigError
 from library.training.sharded_states import SHARDED, saved_shapes
 from library.training.sharding_settings import asked_sharding
+from tests.training.ranks import in_processes
 
 ROOT = Path(__file__).parents[2]
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
@@ -131,7 +132,7 @@ def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
     assert close(trainer.weights("alone"), trainer.weights("two"))
 
 
-def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
+def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer, capfd):
     trainer = full_trainer
     options = {**ADAMW, "cache_latents": True, "train_text_encoder": True, "max_train_steps": 4, "use_ema": True}
     options |= {"save_parts": ["text_encoders"], "ema_device": "cpu", "ema_validation": "comparison"}
@@ -143,8 +144,13 @@ def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
     once = {"save_every_n_steps": 2, "save_state": True}
     assert trainer("one", **options, **once, gradient_accumulation_steps=2) == 0
     state = trainer.folder / "one" / "run-step00000002-state"
-    said = launch(trainer, "two", ZERO_2, **options, resume=state)
-    assert "DeepSpeed ZeRO-2: torch's fully_shard does this work" in said
+
+    def train(rank):
+        os.environ |= ZERO_2
+        return trainer("two", **options, resume=state)
+
+    assert in_processes(2, train) == [0, 0]
+    assert "DeepSpeed ZeRO-2: torch's fully_shard does this work" in capfd.readouterr().err
     later = {step: loss for step, loss in trainer.losses("one").items() if step > 2}
     assert trainer.losses("two") == pytest.approx(later, rel=1e-5)
     for name in ("loss/validation", "loss/validation_raw"):
