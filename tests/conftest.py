@@ -150,6 +150,14 @@ class Trainer:
 
 
 @pytest.fixture
+def unforeseen(monkeypatch) -> None:
+    """No forecast, for who watches the trainer's own code: a forecast takes a step of it, without numbers."""
+    from library.training import setup
+
+    monkeypatch.setattr(setup, "starting_lines", lambda *arguments: [])
+
+
+@pytest.fixture
 def trainer(tiny_file, photos, tmp_path) -> Trainer:
     return Trainer(tiny_file, photos, tmp_path)
 
