@@ -1,6 +1,5 @@
 """From training to files to pictures, on a tiny model: what was trained is what others load and what pictures show."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -165,14 +164,6 @@ def tiny_tensors(tiny_file) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Training collects garbage between models; among the imports of a test process that would take half its time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # What was trained is what is loaded
@@ -533,6 +524,7 @@ def test_every_layout_trains_to_the_same_losses(trainer, tiny_folder, tiny_tenso
 
 
 @pytest.mark.parametrize("options", [CACHED, UNET_ONLY], ids=["cached", "not cached"])
+@pytest.mark.usefixtures("unforeseen")
 def test_without_a_t5_training_sees_154_tokens(trainer, tiny_tensors, monkeypatch, options):
     path = trainer.folder / "small.safetensors"
     save_tensors({k: v for k, v in tiny_tensors.items() if not k.startswith(PREFIXES["t5xxl"])}, path, {})
@@ -592,6 +584,7 @@ def test_mirrored_pictures_are_the_same_cached_or_not(trainer):
     assert any(different)
 
 
+@pytest.mark.usefixtures("unforeseen")
 def test_datasets_of_different_resolutions_train_in_one_run(trainer, monkeypatch):
     forward, seen = MMDiT.forward, []
 
@@ -620,6 +613,7 @@ def test_datasets_of_different_resolutions_train_in_one_run(trainer, monkeypatch
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.usefixtures("unforeseen")
 def test_the_logged_loss_is_the_mean_squared_error_of_the_steps_samples(trainer, monkeypatch, accumulation):
     predict, asked = Sd3Family.predict, []
 

@@ -5,6 +5,7 @@ key and its row in ``docs/options/``.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -204,20 +205,22 @@ def _is_usable(number: float) -> bool:
     return -_LARGEST < number < _LARGEST if isinstance(number, int) else math.isfinite(number)
 
 
-def options_of(group: type, attribute: str = "") -> Iterator[Option]:
+@functools.cache
+def options_of(group: type, attribute: str = "") -> tuple[Option, ...]:
     """This reads the options that a group class declares, in order.
 
     Args:
         group: A dataclass whose fields were made by ``option``.
         attribute: The attribute of the configuration that holds the group.
     """
-    annotations = typing.get_type_hints(group)
+    annotations, found = typing.get_type_hints(group), list[Option]()
     for field in dataclasses.fields(group):
         kind, many, optional = _understand(annotations[field.name])
         declared = Option(field.name, attribute, kind, many, optional, field.default, **field.metadata)
         if declared.parse is None and kind not in (str, int, float, bool, Path):
             raise TypeError(f"{group.__name__}.{field.name}: {kind} needs a parse function")
-        yield declared
+        found.append(declared)
+    return tuple(found)
 
 
 def all_options(groups: Mapping[str, type]) -> dict[str, Option]:

@@ -30,6 +30,7 @@ from library.training.jobs import job_of
 from library.training.loop import optimize, update_weights
 from library.training.losses import LossHistory
 from library.training.model_side import ModelSide, assemble
+from library.training.optimizers import set_training_mode
 from library.training.placing import Carriers
 from library.training.precision import Precision
 from library.training.run import Run
@@ -166,6 +167,7 @@ def _make_run(
         run.average = WeightAverage(_named(run.parameters), config.ema.ema_decay, on_host=False)
     prepare_updates(run, carriers)
     run.trainable.train()
+    set_training_mode(run.optimizer, True)
     return run
 
 

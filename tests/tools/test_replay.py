@@ -10,6 +10,7 @@ import torch
 
 from library.training import bundle as bundle_module
 from library.training.bundle import StepNumbers, write_bundle
+from tests.training.ranks import in_processes
 from tools.replay import main
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -147,7 +148,8 @@ def test_two_processes_are_done_again_by_one(trainer, replay):
     )
     # the weight of that picture's loss is beyond fp32, so that a step is no number in the process that has it
     options = {**CACHED, "network_train_unet_only": True, "dataset_config": dataset, "regularisation_weight": 1e39}
-    trainer.launch(2, "out", **options, on_nonfinite="skip", max_train_steps=4, replay_bundle_at_step=4)
+    options |= {"on_nonfinite": "skip", "max_train_steps": 4, "replay_bundle_at_step": 4}
+    assert in_processes(2, lambda rank: trainer("out", **options)) == [0, 0]
     log = {line["step"]: line for line in trainer.log("out")}
     assert [number for number, line in log.items() if "nonfinite/skipped" in line] == [2, 3]
     assert all({"loss/current", "gradient_norm"} <= log[number].keys() for number in (1, 4))

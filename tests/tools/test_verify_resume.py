@@ -77,10 +77,14 @@ def test_the_tool_says_equal(trainer, tmp_path, capsys):
     options |= {"sample_prompts": prompts, "sample_every_n_steps": 1}
     scratch = tmp_path / "scratch"
     command = [sys.executable, "tools/verify_resume.py", "sd3_train_network.py", "--steps", "2", "--folder", scratch]
-    command += ["--launch", f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 1"]
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text(f'echo "$1" >> {tmp_path}/launched\nexec {sys.executable} "$@"\n')
+    command += ["--launch", f"sh {launcher}"]
     command += ["--keep", "--", *trainer.arguments("", **options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    launched = (tmp_path / "launched").read_text().splitlines()
+    assert len(launched) == 3 and all(script.endswith("sd3_train_network.py") for script in launched)
     said = done.stdout.splitlines()
     assert [line[:7] for line in said[:3]] == ["1 of 3:", "2 of 3:", "3 of 3:"] and said[3] == "equal"
     for kind in ("trained weights", "optimizer", "schedule", "moving average", "logged numbers", "saved weights"):

@@ -1,14 +1,9 @@
-"""Trains as a script does, in one of several processes, and writes down what this process holds at the end.
-
-Run by test_sharding.py: family, file to write to (this process's number is added), then the script's arguments. In the
-environment FULL_DISK may name a state for which the last process has no room.
-"""
+"""Trains in one of several processes, and writes down what this process holds at the end."""
 
 import copy
 import json
 import os
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +11,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from library.cli import main
 from library.training import setup, sharded_states
 from library.training.sharding_settings import ELEMENTWISE
 from library.training.shards import clip_gradients, first_non_finite, own_part
@@ -94,8 +88,19 @@ def without_room(write, name):
     return limited
 
 
-if __name__ == "__main__":
-    if full := os.environ.get("FULL_DISK"):
-        sharded_states.write = without_room(sharded_states.write, full)
-    setup.train = watched(setup.train, sys.argv[2])
-    sys.exit(main(sys.argv[1], job="full", argv=sys.argv[3:]))
+def train_and_tell(trainer, output, found, environment, full_disk=None, **options):
+    """Train in a process that ends thereafter; returns the exit code.
+
+    Args:
+        trainer: With everything else that it needs.
+        output: Where it writes.
+        found: The file to write to; this process's number is added.
+        environment: accelerate's settings.
+        full_disk: A state for which the last process has no room.
+        options: Of the run.
+    """
+    os.environ |= environment
+    if full_disk is not None:
+        sharded_states.write = without_room(sharded_states.write, full_disk)
+    setup.train = watched(setup.train, found)
+    return trainer(output, **options)

@@ -10,6 +10,7 @@ from library.config.errors import ConfigError
 from library.records import Batch, Resolution
 from library.training import step
 from library.training.encode_ahead import encode_ahead
+from tests.training.ranks import in_processes
 
 CPU = torch.device("cpu")
 UNET_ONLY = {"network_train_unet_only": True}
@@ -218,6 +219,6 @@ def test_a_picture_that_fails_stops_at_its_step_and_leaves_no_thread(trainer, mo
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(trainer):
     options = {**UNET_ONLY, "max_train_steps": 2, "vae_cache_disable": True, "optimizer_type": "SGDNesterov"}
-    trainer.launch(2, "two", **options)
+    assert in_processes(2, lambda rank: trainer("two", **options)) == [0, 0]
     assert trainer("one", **options, gradient_accumulation_steps=2) == 0
     assert trainer.losses("two") == pytest.approx(trainer.losses("one"), rel=1e-5)

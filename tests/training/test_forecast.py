@@ -94,6 +94,10 @@ def test_trained_text_encoders_are_named_as_what_is_not_foreseen(trainer):
     assert found.unseen and "not foreseen: the gradients" in "\n".join(forecast_lines(found))
 
 
+def test_an_optimizer_with_a_mode_for_training_is_foreseen(one):
+    assert foreseen(one, **CACHED, optimizer_type="AdamWScheduleFree")[0].step.trained
+
+
 def test_the_largest_micro_batch_is_found(job):
     config, family = configured(job, **CACHED)
     small, large = (
@@ -138,13 +142,17 @@ def test_rates_are_measured():
     assert measured_rates(torch.device("cpu"), torch.float32) is rates  # once in a process
 
 
+class Unusual(Exception):
+    """Of a package of others."""
+
+
 def test_what_can_not_be_foreseen_is_said_and_stops_nothing(one, capsys, monkeypatch):
     def fails(*args, **options):
-        raise NotImplementedError("no meta kernel for this\nand a long explanation")
+        raise Unusual("no meta kernel for this\nand a long explanation")
 
     monkeypatch.setattr(before_start, "forecast", fails)
     assert one("out", **CACHED, dry_run=True) == 0
-    assert "forecast: none (NotImplementedError: no meta kernel for this)" in capsys.readouterr().out
+    assert "forecast: none (Unusual: no meta kernel for this)" in capsys.readouterr().out
     assert one("out", **CACHED, fit="8GiB") == 2
     assert "--fit 8GiB: the run can't be foreseen" in capsys.readouterr().err
 

@@ -39,6 +39,7 @@ def test_accumulation_is_a_larger_batch(job):
     assert job.trainer.losses("4") == pytest.approx(job.trainer.losses("2"), rel=1e-5)
 
 
+@pytest.mark.usefixtures("unforeseen")
 def test_a_loss_that_is_no_number_stops_before_anything_is_saved(job, capsys, monkeypatch):
     calls = []
     per_sample = step._per_sample

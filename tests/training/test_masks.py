@@ -82,6 +82,7 @@ def written_out(prediction, noised, keys, *, unmasked: float, normalize: bool) -
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["by its size", "normalized"])
 @pytest.mark.parametrize("unmasked", [0.0, 0.25])
+@pytest.mark.usefixtures("unforeseen")
 def test_training_and_validation_weigh_the_loss_as_written_out(trainer, masks, monkeypatch, unmasked, normalize):
     predict, asked = Sd3Family.predict, []
 

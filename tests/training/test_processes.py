@@ -91,6 +91,7 @@ def seen(trainer, output: str, processes: int, **options) -> list[list[tuple]]:
     return in_processes(processes, act)
 
 
+@pytest.mark.usefixtures("unforeseen")
 def test_any_number_of_processes_sees_the_same_in_every_step(trainer):
     others = shutil.copytree(trainer.photos, trainer.folder / "others")
     (others / "coffee.png").unlink()

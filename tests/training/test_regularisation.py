@@ -11,6 +11,7 @@ import torch
 from library.families.sd3.family import Sd3Family
 from library.training.loop import optimize
 from library.training.step import base_answer, encoded, taught_rows, training_loss
+from tests.training.ranks import in_processes
 
 UNET_ONLY = {"network_train_unet_only": True}
 CACHED = {**UNET_ONLY, "cache_latents": True, "cache_text_encoder_outputs": True}
@@ -184,7 +185,7 @@ def test_two_processes_log_the_means_over_all_their_samples(trainer, mixed):
     cached = {**UNET_ONLY, "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
     options = {**cached, "dataset_config": mixed, "optimizer_type": "SGDNesterov", "learning_rate": 0.5}
     options["max_train_steps"] = 3
-    trainer.launch(2, "two", **options, gradient_accumulation_steps=3)
+    assert in_processes(2, lambda rank: trainer("two", **options, gradient_accumulation_steps=3)) == [0, 0]
     assert trainer("one", **options, gradient_accumulation_steps=6) == 0
     names = ("loss/current", "loss/regularisation", "loss/prior")
     two, one = (

@@ -16,6 +16,8 @@ from PIL import Image
 from library.config.errors import ConfigError
 from library.training.sharded_states import SHARDED, saved_shapes
 from library.training.sharding_settings import asked_sharding
+from tests.training.ranks import in_processes
+from tests.training.sharded_process import train_and_tell
 
 ROOT = Path(__file__).parents[2]
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
@@ -29,22 +31,6 @@ ZERO_2 = {
 }
 # a large eps: AdamW's first step is the gradient's sign, which rounding turns over where the gradient is almost zero
 ADAMW = {"optimizer_type": "AdamW", "optimizer_args": ["eps=0.01"], "learning_rate": 1e-2}
-
-
-TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-
-
-def launch(trainer, output, environment, script=None, launcher=TORCHRUN, **options):
-    """Train in two processes on gloo with accelerate's settings in the environment; returns what they print."""
-    command = [sys.executable, "-m", *launcher]
-    command += [*(script or [trainer.script]), *trainer.arguments(output, **options)]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    settings |= {"PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr + done.stdout
 
 
 def in_batches_of_one(trainer):
@@ -71,7 +57,7 @@ def pictures(trainer, output):
     return {path.name: np.asarray(Image.open(path)).astype(float) for path in sorted(folder.glob("*.png"))}
 
 
-def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
+def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer, capfd):
     trainer = full_trainer
     # 3 pictures are left for training: the epoch's last step leaves the second process without work
     dataset = in_batches_of_one(trainer)
@@ -83,7 +69,7 @@ def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
     options |= {"sample_prompts": prompts, "sample_every_n_steps": 4, "ema_device": "accelerator"}
     assert trainer("one", **options, gradient_accumulation_steps=2) == 0
     found = trainer.folder / "held"
-    launch(trainer, "two", FSDP, [str(ROOT / "tests/training/sharded_process.py"), "sd3", str(found)], **options)
+    assert in_processes(2, lambda rank: train_and_tell(trainer, "two", found, FSDP, **options)) == [0, 0]
 
     assert trainer.losses("two") == pytest.approx(trainer.losses("one"), rel=1e-5)
     assert len(trainer.losses("two")) == 4
@@ -113,11 +99,10 @@ def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
     assert not list(state.parent.glob(".*")) and len(list((state / SHARDED).glob("*.distcp"))) == 2
     again = {**options, "sample_prompts": None, "sample_every_n_steps": None, "resume": state}
     # one process has no room for its parts of a state: all know it, and go on
-    no_room = {**FSDP, "FULL_DISK": "run-step00000003-state"}
-    saving = {"save_every_n_steps": 1, "on_save_error": "continue"}
-    script = [str(ROOT / "tests/training/sharded_process.py"), "sd3", str(found)]
-    said = launch(trainer, "again", no_room, script, **{**again, **saving})
-    assert "can't be written: File too large" in said
+    saving = {"full_disk": "run-step00000003-state", "save_every_n_steps": 1, "on_save_error": "continue"}
+    capfd.readouterr()
+    assert in_processes(2, lambda rank: train_and_tell(trainer, "again", found, FSDP, **{**again, **saving})) == [0, 0]
+    assert "can't be written: File too large" in capfd.readouterr().err
     names = {path.name for path in (trainer.folder / "again").iterdir()}
     assert {"run-step00000003.safetensors", "run-state"} <= names
     assert "run-step00000003-state" not in names and not any(name.startswith(".") for name in names)
@@ -131,7 +116,7 @@ def test_two_processes_with_halves_equal_one_with_the_whole(full_trainer):
     assert close(trainer.weights("alone"), trainer.weights("two"))
 
 
-def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
+def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer, capfd):
     trainer = full_trainer
     options = {**ADAMW, "cache_latents": True, "train_text_encoder": True, "max_train_steps": 4, "use_ema": True}
     options |= {"save_parts": ["text_encoders"], "ema_device": "cpu", "ema_validation": "comparison"}
@@ -143,8 +128,13 @@ def test_zero_2_with_text_encoders_goes_on_from_a_whole_state(full_trainer):
     once = {"save_every_n_steps": 2, "save_state": True}
     assert trainer("one", **options, **once, gradient_accumulation_steps=2) == 0
     state = trainer.folder / "one" / "run-step00000002-state"
-    said = launch(trainer, "two", ZERO_2, **options, resume=state)
-    assert "DeepSpeed ZeRO-2: torch's fully_shard does this work" in said
+
+    def train(rank):
+        os.environ |= ZERO_2
+        return trainer("two", **options, resume=state)
+
+    assert in_processes(2, train) == [0, 0]
+    assert "DeepSpeed ZeRO-2: torch's fully_shard does this work" in capfd.readouterr().err
     later = {step: loss for step, loss in trainer.losses("one").items() if step > 2}
     assert trainer.losses("two") == pytest.approx(later, rel=1e-5)
     for name in ("loss/validation", "loss/validation_raw"):
@@ -165,8 +155,13 @@ def test_bf16_computes_as_in_one_process(sana_trainer):
         "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 2\n"
         "main_process_port: 0\nfsdp_config:\n  fsdp_version: 2\n  fsdp_reshard_after_forward: true\n"
     )
-    accelerate = ["accelerate.commands.launch", "--config_file", str(configuration)]
-    launch(trainer, "two", {}, launcher=accelerate, **options, gradient_accumulation_steps=2)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), trainer.script]
+    command += trainer.arguments("two", **options, gradient_accumulation_steps=2)
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     assert trainer("one", **options, gradient_accumulation_steps=4) == 0
     one, two = trainer.losses("one"), trainer.losses("two")
     assert two[1] == one[1]  # before any sum over processes has been used

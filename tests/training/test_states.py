@@ -6,8 +6,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from library.config.errors import ConfigError
 from library.io.manifest import MANIFEST
 from library.training import rotation, saved_weights, saving_hooks, states
 from library.training.state_files import PROGRESS, find_states, newest_state, read_progress
-from tests.conftest import ROOT
+from tests.training.ranks import in_processes
 
 CACHED = {
     "cache_latents_to_disk": True,
@@ -383,49 +381,31 @@ def test_a_terminal_that_is_gone_ends_nothing(trainer):
     assert [line["step"] for line in trainer.log("out")] == [1]
 
 
-PROCESS = """
-import os, pathlib, sys
-sys.path.insert(0, {root!r})
-import resource
-from library.cli import main
-from library.training import saving_hooks
-save = saving_hooks.save_state
-
-def limited(run, stem, done):
-    if done == 2 and run.accelerator.is_main_process:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    return save(run, stem, done)
-
-saving_hooks.save_state = limited
-code = main("sd3", job="adapter", argv=sys.argv[1:])
-pathlib.Path({folder!r}, "code" + os.environ["RANK"]).write_text(str(code))
-"""
-
-
-def test_two_processes_agree_on_the_state_and_end_alike_on_a_full_disk(trainer):
+def test_two_processes_agree_on_the_state_and_end_alike_on_a_full_disk(trainer, capfd):
     options = {**CACHED, **EVERY_STEP, "max_train_steps": 4}
     assert trainer("out", **options, gradient_accumulation_steps=2, max_train_seconds=600) == 0
     folder = trainer.folder / "out"
     for name in ("run-state", "run-step00000003-state"):
         shutil.rmtree(folder / name)
     flip(folder / "run-step00000002-state" / "optimizer.pt", 5000)
-    program = trainer.folder / "program.py"
-    program.write_text(PROCESS.format(root=str(ROOT), folder=str(trainer.folder)))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(program)]
-    done = subprocess.run(
-        [*command, *trainer.arguments("out", **options, resume="auto")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    codes = [(trainer.folder / f"code{rank}").read_text() for rank in (0, 1)]
-    assert codes == ["2", "2"], done.stderr[-3000:]
-    assert "run-step00000002-state: optimizer.pt is missing or damaged" in done.stderr
-    assert "run-step00000001-state, step 1" in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+
+    def train(rank):
+        save = saving_hooks.save_state
+
+        def limited(run, stem, done):
+            if done == 2 and run.accelerator.is_main_process:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return save(run, stem, done)
+
+        saving_hooks.save_state = limited
+        return trainer("out", **options, resume="auto")
+
+    capfd.readouterr()
+    assert in_processes(2, train) == [2, 2]
+    printed = capfd.readouterr().err
+    assert "run-step00000002-state: optimizer.pt is missing or damaged" in printed
+    assert "run-step00000001-state, step 1" in printed
+    errors = [line for line in printed.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "run-step00000002-state/optimizer.pt can't be written" in errors[0]
     assert f"--resume {folder / 'run-step00000001-state'}" in errors[0]
     # the damaged one is as it was, and the one before it is whole

@@ -12,6 +12,7 @@ import torch
 from library.training import validation
 from library.training.hooks import validate
 from library.training.validation import LEVELS, ValidationResult, stratified_quantiles
+from tests.training.ranks import in_processes
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 ON_DISK = {
@@ -131,7 +132,7 @@ class Accelerator:
 
 def test_two_processes_measure_what_one_measures(trainer, held_out):
     options = {**ON_DISK, "dataset_config": held_out, "learning_rate": 1e-30, "max_train_steps": 1}
-    trainer.launch(2, "two", **options)
+    assert in_processes(2, lambda rank: trainer("two", **options)) == [0, 0]
     assert trainer("one", **options) == 0
     (two,), (one,) = measured(trainer.log("two")), measured(trainer.log("one"))
     assert two == pytest.approx(one, rel=1e-5)
