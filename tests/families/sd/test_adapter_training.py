@@ -21,7 +21,10 @@ def test_lycoris_trains_both_parts_and_resuming_is_bit_equal(sd_trainer):
     whole = sd_trainer.weights("whole")
     assert equal(whole, sd_trainer.weights("resumed"))
     zeros_at_first = [name for name in whole if name.endswith((".lokr_w2", ".lokr_w2_b"))]
-    assert zeros_at_first and all(whole[name].any() for name in zeros_at_first)
+    # At 64 px the middle has one position: what it asks itself for changes nothing.
+    alone = tuple(f"_mid_block_attentions_0_transformer_blocks_0_attn1_to_{part}" for part in "qk")
+    learned = [name for name in zeros_at_first if not name.split(".")[0].endswith(alone)]
+    assert learned and all(whole[name].any() for name in learned)
     names = {name.split(".")[0] for name in whole}
     assert "lora_te_text_model_encoder_layers_0_mlp_fc1" in names
     assert "lora_unet_mid_block_resnets_0_conv1" in names
