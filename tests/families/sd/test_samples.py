@@ -171,3 +171,11 @@ def test_a_guess_is_said(tmp_path, capsys):
     assert "does not say what it predicts" in capsys.readouterr().out
     assert main([*start, "--v_parameterization"]) == 0
     assert "does not say" not in capsys.readouterr().out
+
+
+def test_a_prompt_file_names_a_sampler_that_the_model_has(tiny_sd_file, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --ss heun")
+    start = ["--pretrained_model_name_or_path", str(tiny_sd_file), "--sample_prompts", str(prompts)]
+    assert main([*start, "--output_dir", str(tmp_path / "made"), "--dry_run"]) == 2
+    assert f"error: prompts.txt, line 1: --ss: {DDPM_NAMES} 'heun'" in capsys.readouterr().err
