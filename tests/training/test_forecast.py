@@ -98,6 +98,12 @@ def test_an_optimizer_with_a_mode_for_training_is_foreseen(one):
     assert foreseen(one, **CACHED, optimizer_type="AdamWScheduleFree")[0].step.trained
 
 
+def test_an_adapter_that_goes_on_from_a_file_is_foreseen(one):
+    assert one("start", **CACHED, max_train_steps=1) == 0
+    weights = one.folder / "start" / "run.safetensors"
+    assert foreseen(one, **CACHED, network_weights=weights)[0].step == foreseen(one, **CACHED)[0].step
+
+
 def test_the_largest_micro_batch_is_found(job):
     config, family = configured(job, **CACHED)
     small, large = (
