@@ -184,8 +184,8 @@ def _lines(
 ) -> Iterator[str]:
     try:
         found = foresee(config, family, shape, precision, cuda=cuda)
-    except NotForeseen as told:
-        yield f"forecast: none ({told})"
+    except (NotForeseen, ConfigError) as told:  # what is wrong with the run, the run finds with its numbers
+        yield f"forecast: none ({str(told).splitlines()[0]})"
         return
     if free is not None and found.peak > free:
         yield (

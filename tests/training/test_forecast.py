@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.errors import ConfigError
 from library.data.buckets import place_all
 from library.records import Resolution, Sample
 from library.training import before_start, setup
@@ -156,11 +157,17 @@ def test_what_can_not_be_foreseen_is_said_and_stops_nothing(one, capsys, monkeyp
     def fails(*args, **options):
         raise Unusual("no meta kernel for this\nand a long explanation")
 
+    def refuses(*args, **options):
+        raise ConfigError("a file has no numbers\nand another")
+
     monkeypatch.setattr(before_start, "forecast", fails)
     assert one("out", **CACHED, dry_run=True) == 0
     assert "forecast: none (Unusual: no meta kernel for this)" in capsys.readouterr().out
     assert one("out", **CACHED, fit="8GiB") == 2
     assert "--fit 8GiB: the run can't be foreseen" in capsys.readouterr().err
+    monkeypatch.setattr(before_start, "foresee", refuses)
+    assert one("out", **CACHED, max_train_steps=1) == 0
+    assert "forecast: none (a file has no numbers)" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_the_run_would_take(job, capsys):
