@@ -58,6 +58,13 @@ def foresee(
         step_config = dataclasses.replace(config, full=dataclasses.replace(config.full, train_text_encoder=False))
     else:
         step_config = config
+    if step_config.network is not None and step_config.network.network_weights is not None:
+        if step_config.network.dim_from_weights:
+            raise NotForeseen("--dim_from_weights takes the ranks from a file, and a forecast reads no weights")
+        # what an adapter starts from changes no size
+        step_config = dataclasses.replace(
+            step_config, network=dataclasses.replace(step_config.network, network_weights=None)
+        )
     try:
         return forecast(config, family, shape, precision, cuda=cuda, step_config=step_config, other=other)
     except ConfigError:
@@ -177,8 +184,8 @@ def _lines(
 ) -> Iterator[str]:
     try:
         found = foresee(config, family, shape, precision, cuda=cuda)
-    except NotForeseen as told:
-        yield f"forecast: none ({told})"
+    except (NotForeseen, ConfigError) as told:  # what is wrong with the run, the run finds with its numbers
+        yield f"forecast: none ({str(told).splitlines()[0]})"
         return
     if free is not None and found.peak > free:
         yield (

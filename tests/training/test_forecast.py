@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from library.config.dataset import DatasetConfig, SubsetConfig
+from library.config.errors import ConfigError
 from library.data.buckets import place_all
 from library.records import Resolution, Sample
 from library.training import before_start, setup
@@ -98,6 +99,12 @@ def test_an_optimizer_with_a_mode_for_training_is_foreseen(one):
     assert foreseen(one, **CACHED, optimizer_type="AdamWScheduleFree")[0].step.trained
 
 
+def test_an_adapter_that_goes_on_from_a_file_is_foreseen(one):
+    assert one("start", **CACHED, max_train_steps=1) == 0
+    weights = one.folder / "start" / "run.safetensors"
+    assert foreseen(one, **CACHED, network_weights=weights)[0].step == foreseen(one, **CACHED)[0].step
+
+
 def test_the_largest_micro_batch_is_found(job):
     config, family = configured(job, **CACHED)
     small, large = (
@@ -150,11 +157,17 @@ def test_what_can_not_be_foreseen_is_said_and_stops_nothing(one, capsys, monkeyp
     def fails(*args, **options):
         raise Unusual("no meta kernel for this\nand a long explanation")
 
+    def refuses(*args, **options):
+        raise ConfigError("a file has no numbers\nand another")
+
     monkeypatch.setattr(before_start, "forecast", fails)
     assert one("out", **CACHED, dry_run=True) == 0
     assert "forecast: none (Unusual: no meta kernel for this)" in capsys.readouterr().out
     assert one("out", **CACHED, fit="8GiB") == 2
     assert "--fit 8GiB: the run can't be foreseen" in capsys.readouterr().err
+    monkeypatch.setattr(before_start, "foresee", refuses)
+    assert one("out", **CACHED, max_train_steps=1) == 0
+    assert "forecast: none (a file has no numbers)" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_the_run_would_take(job, capsys):
