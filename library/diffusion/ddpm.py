@@ -6,6 +6,9 @@ noise level ``sigma``, from 0 to 1, is here ``(timestep + 1) / 1000``.
 """
 
 import functools
+import itertools
+import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +25,6 @@ FIRST_BETA, LAST_BETA = 0.00085, 0.012
 LARGEST_DEBIASED_SNR = 1000.0
 
 
-@functools.cache
 def signal_fractions(*, zero_terminal_snr: bool = False) -> Tensor:
     """The fraction of signal, a, at each timestep (1000,), fp64: the scaled-linear schedule.
 
@@ -30,13 +32,20 @@ def signal_fractions(*, zero_terminal_snr: bool = False) -> Tensor:
         zero_terminal_snr: Shift and scale the square roots so that the last is 0 and the first stays (Lin et al. 2023,
             arXiv:2305.08891, algorithm 1).
     """
-    betas = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TIMESTEPS, dtype=torch.float64) ** 2
-    fractions = (1 - betas).cumprod(0)
+    return torch.tensor(_fractions(zero_terminal_snr), dtype=torch.float64)
+
+
+@functools.cache
+def _fractions(zero_terminal_snr: bool) -> tuple[float, ...]:
+    """See ``signal_fractions``. No tensors: one that is made while a step is foreseen has no numbers, for ever."""
+    low, high = FIRST_BETA**0.5, LAST_BETA**0.5
+    betas = ((low + (high - low) * number / (TIMESTEPS - 1)) ** 2 for number in range(TIMESTEPS))
+    fractions = tuple(itertools.accumulate((1 - beta for beta in betas), operator.mul))
     if not zero_terminal_snr:
         return fractions
-    roots = fractions.sqrt()
+    roots = [math.sqrt(fraction) for fraction in fractions]
     first, last = roots[0], roots[-1]
-    return ((roots - last) * first / (first - last)) ** 2
+    return tuple(((root - last) * first / (first - last)) ** 2 for root in roots)
 
 
 def timestep_of(sigma: Tensor) -> Tensor:

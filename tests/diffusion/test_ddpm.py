@@ -7,7 +7,9 @@ import torch
 from library.config.ddpm import DdpmConfig, ddpm_problems
 from library.config.errors import ConfigError
 from library.config.loss import LossConfig
+from library.diffusion import ddpm
 from library.diffusion.ddpm import Ddpm, signal_fractions, timestep_of
+from library.memory.hollow import Hollow
 from library.randomness import Draws
 
 SHAPE = (4, 8, 16)
@@ -51,6 +53,14 @@ def test_noising_and_velocity_are_those_of_diffusers(zero):
     assert torch.equal(objective().target(made), noise)
     if zero:
         assert torch.equal(made.x_t[2], noise[2])
+
+
+def test_a_step_that_is_foreseen_leaves_the_schedule_its_numbers():
+    before = signal_fractions().tolist()
+    ddpm._fractions.cache_clear()
+    with Hollow():
+        signal_fractions()
+    assert signal_fractions().tolist() == before
 
 
 @pytest.mark.reference
