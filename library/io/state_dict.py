@@ -11,6 +11,10 @@ from library.config.errors import ConfigError
 _NAMES_SHOWN = 3
 
 
+_ALIGNMENT = 64
+"""Bytes that torch aligns memory of the host to."""
+
+
 def load_strict(
     module: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
@@ -130,8 +134,20 @@ def _converted(tensor: Tensor, place: Tensor, device: Any, dtype: torch.dtype | 
     value = tensor.to(device)
     if dtype is not None and value.is_floating_point():
         value = value.to(dtype)
+    value = _aligned(value)
     if isinstance(place, nn.Parameter):
         return nn.Parameter(value, requires_grad=place.requires_grad and value.is_floating_point())
+    return value
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """The same where torch itself would have put it; a file's pages may lie elsewhere.
+
+    The CPU's kernels sum in another order over memory that isn't aligned, so that where a weight lies would show in
+    the last bits of losses.
+    """
+    if value.device.type == "cpu" and value.data_ptr() % _ALIGNMENT:
+        return value.clone()
     return value
 
 

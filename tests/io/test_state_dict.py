@@ -156,3 +156,12 @@ def test_frozen_parameters_stay_frozen():
     module = on_meta().requires_grad_(False)
     load(module, weights())
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_weights_lie_where_torch_would_put_them():
+    pages = torch.arange(40, dtype=torch.float32)
+    odd = next(pages[start : start + 6] for start in range(1, 17) if pages[start:].data_ptr() % 64)
+    layer = nn.Linear(3, 2, bias=False)
+    load_strict(layer, [("weight", odd.view(2, 3))], device="cpu", dtype=None, source="a file")
+    assert layer.weight.data_ptr() % 64 == 0
+    assert torch.equal(layer.weight.flatten(), odd)

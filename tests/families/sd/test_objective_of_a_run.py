@@ -63,7 +63,7 @@ class Step:
 
     def under(self, options):
         """The run with the objective that the command line with these options makes."""
-        script = Script("sd", True)
+        script = Script("sd", "adapter")
         words = self.trainer.arguments("never", network_train_unet_only=True, **options)
         line = read_command_line(script.groups, words, refusals=refused_options("sd"))
         config, problems = checked_configuration(script, line)

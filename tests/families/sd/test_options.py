@@ -27,7 +27,7 @@ def check(tiny_sd, sd_trainer):
 
     def checked(checkpoint, **options):
         trainer = dataclasses.replace(sd_trainer, checkpoint=checkpoint)
-        script = Script("sd", True)
+        script = Script("sd", "adapter")
         line = read_command_line(script.groups, trainer.arguments("out", **options), refusals=refused_options("sd"))
         return checked_configuration(script, line)
 
@@ -126,7 +126,7 @@ OF_WHOLE_MODELS = (
 
 @pytest.mark.parametrize("name", OF_WHOLE_MODELS)
 def test_options_of_kohyas_scripts_for_whole_models_are_honoured_or_refused(name):
-    assert (name in all_options(Script("sd", False).groups)) != (name in refused_options("sd"))
+    assert (name in all_options(Script("sd", "full").groups)) != (name in refused_options("sd"))
 
 
 def test_snr_is_no_schedule_of_a_flow_model():

@@ -64,9 +64,8 @@ def test_the_text_encoder_learns_through_all_chunks_up_to_the_chosen_layer(long_
     assert train("out", **options) == 0
     changed = {name: tensor.abs().max().item() for name, tensor in train.weights("out").items() if "lora_up" in name}
     encoder = {name: value for name, value in changed.items() if name.startswith("lora_te")}
-    assert all(value > 0 for name, value in encoder.items() if "layers_0_" in name)
-    assert all(value == 0 for name, value in encoder.items() if "layers_1_" in name), "clip_skip 2 leaves it out"
-    assert len({name.split("_layers_")[1][0] for name in encoder}) == 2
+    assert encoder and all(value > 0 for value in encoder.values())
+    assert {name.split("_layers_")[1][0] for name in encoder} == {"0"}, "clip_skip 2 leaves the last layer out"
     metadata = metadata_of(train, "out")
     assert metadata["ss_clip_skip"] == metadata["modelspec.encoder_layer"] == "2"
     assert metadata["ss_max_token_length"] == "150" and metadata["ss_weighted_captions"] == "True"
