@@ -21,6 +21,14 @@ from library.training.step import training_loss
 from tests.conftest import Trainer
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
+NOISE = {
+    "noise_offset": 0.1,
+    "noise_offset_random_strength": True,
+    "adaptive_noise_scale": 0.05,
+    "multires_noise_iterations": 3,
+    "ip_noise_gamma": 0.1,
+    "min_snr_gamma": 5,
+}
 DRAWN = {"caption_dropout_rate": 0.5, "clip_g_dropout_rate": 0.5, "t5_dropout_rate": 0.5, "pos_emb_random_crop_rate": 1}
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::equal")
 
@@ -83,11 +91,13 @@ def with_teacher(trainer):
         pytest.param("sd3", False, {"loss_type": "huber", "huber_schedule": "exponential"}, id="sd3 full"),
         pytest.param("sana", True, {"gradient_checkpointing": True, "caption_dropout_rate": 0.5}, id="sana adapter"),
         pytest.param("sana", False, {"weighting_scheme": "cosmap"}, id="sana full"),
+        pytest.param("sd", True, NOISE, id="sd adapter, noise of every kind"),
+        pytest.param("sd", False, {"loss_type": "huber", "v_parameterization": True}, id="sd full"),
     ],
 )
-def test_a_micro_batch_never_waits(tiny_file, tiny_sana_file, photos, tmp_path, family, network, options):
-    model, job = tiny_file if family == "sd3" else tiny_sana_file, "adapter" if network else "full"
-    trainer = Trainer(model, photos, tmp_path, family, job)
+def test_a_micro_batch_never_waits(tiny_file, tiny_sana_file, tiny_sd_file, photos, tmp_path, family, network, options):
+    model = {"sd3": tiny_file, "sana": tiny_sana_file, "sd": tiny_sd_file}[family]
+    trainer = Trainer(model, photos, tmp_path, family, "adapter" if network else "full")
     if network:
         options = {"network_train_unet_only": True, **options}
     if options.pop("prior", False):
