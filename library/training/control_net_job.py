@@ -7,13 +7,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from library.config.errors import ConfigError
 from library.config.optimizer import OptimizerConfig
 from library.config.run import RunConfig
 from library.families.protocols import ControlNetFamily, ModelFamily
-from library.io.atomic import atomic_folder
 from library.training.full_model import DENOISER
 from library.training.metadata import checkpoint_metadata
+from library.training.model_files import write_model_files
 from library.training.placing import check_placement
 from library.training.precision import Precision
 from library.training.run import Run
@@ -75,24 +74,14 @@ class ControlNetJob:
 
     def save(self, run: Run, stem: str, done: int, dtype: torch.dtype | None, facts: Mapping[str, str]) -> list[Path]:
         """See ``Job``: one file, or a folder."""
-        layout, folder = run.config.saving.save_model_as, Path(run.config.saving.output_dir)
-        family, weights = cast(ControlNetFamily, run.family), run.trainable.control_net.state_dict()
+        saving, family = run.config.saving, cast(ControlNetFamily, run.family)
+        weights = run.trainable.control_net.state_dict()
         metadata = checkpoint_metadata(run, done, facts, kind="/controlnet")
 
         def write(path: Path) -> None:
-            try:
-                family.write_control_net(weights, path, metadata, layout=layout, dtype=dtype)
-            except ValueError as error:  # fp16 has no number above 65504
-                raise ConfigError(f"the ControlNet can't be saved: {error}; use another --save_precision") from error
+            family.write_control_net(weights, path, metadata, layout=saving.save_model_as, dtype=dtype)
 
-        if layout == "diffusers":
-            path = folder / stem
-            with atomic_folder(path) as temporary:
-                write(temporary)
-        else:
-            path = folder / f"{stem}.{layout}"
-            write(path)
-        return [path]
+        return [write_model_files(saving, stem, "ControlNet", write)]
 
     def _load(
         self, config: RunConfig, family: ModelFamily, *, device: torch.device, dtype: torch.dtype, seed: int

@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.config.errors import ConfigError
 from library.config.run import RunConfig
 from library.families.protocols import ModelFamily
-from library.io.atomic import atomic_folder
 from library.training.full_model import DENOISER, FullModel, text_encoder_rates
 from library.training.metadata import checkpoint_metadata
+from library.training.model_files import write_model_files
 from library.training.placing import swap_count
 from library.training.precision import Precision
 from library.training.run import Run
@@ -61,7 +60,6 @@ class FullJob:
         """See ``Job``: one file, or a folder."""
         saving, full = run.config.saving, run.config.full
         assert full is not None
-        layout, folder = saving.save_model_as, Path(saving.output_dir)
         weights = run.trainable.component_weights()
         if run.sharded:
             weights = {name: gathered(tensors) for name, tensors in weights.items()}
@@ -70,19 +68,11 @@ class FullJob:
         metadata = checkpoint_metadata(run, done, facts, kind="")
 
         def write(path: Path) -> None:
-            try:
-                run.family.write_model(weights, path, metadata, layout=layout, parts=full.save_parts, dtype=dtype)
-            except ValueError as error:  # fp16 has no number above 65504
-                raise ConfigError(f"the model can't be saved: {error}; use another --save_precision") from error
+            run.family.write_model(
+                weights, path, metadata, layout=saving.save_model_as, parts=full.save_parts, dtype=dtype
+            )
 
-        if layout == "diffusers":
-            path = folder / stem
-            with atomic_folder(path) as temporary:
-                write(temporary)
-        else:
-            path = folder / f"{stem}.{layout}"
-            write(path)
-        return [path]
+        return [write_model_files(saving, stem, "model", write)]
 
     def _model(self, config: RunConfig, family: ModelFamily, roots: Mapping[str, nn.Module]) -> FullModel:
         trained = {name: roots[name] for name in self.check(config, family)}

@@ -8,18 +8,11 @@ from collections.abc import Mapping
 
 from library.families.sd.key_maps import unet_key_maps
 from library.records import AdapterTargets, FusedLinear
+from library.text_encoders.clip_targets import clip_targets
 
 CLIP_L_LAYERS = 12
 CLIP_H_LAYERS = 24
 
-_CLIP_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "mlp.fc1",
-    "mlp.fc2",
-)
 _ATTENTION = ("*.transformer_blocks.*.attn1.*", "*.transformer_blocks.*.attn2.*")
 _OTHERS = ("*.transformer_blocks.*.ff.net.*", "*.proj_in", "*.proj_out")
 
@@ -51,7 +44,7 @@ def adapter_targets(
     layers = _unet_layers(multipliers, attention_levels, blocks_per_level)
     return {
         "denoiser": _denoiser(layers),
-        "clip": _clip(clip_layers, clip_layers if read_clip_layers is None else read_clip_layers),
+        "clip": clip_targets("lora_te", "text_encoder", layers=clip_layers, read=read_clip_layers),
     }
 
 
@@ -93,14 +86,3 @@ def _block(path: str) -> str:
     """The stage that a layer stands in: ``input_blocks.4`` for ``input_blocks.4.1.proj_in``."""
     first, second, *_ = path.split(".")
     return first if first == "middle_block" else f"{first}.{second}"
-
-
-def _clip(layers: int, read: int) -> AdapterTargets:
-    paths = [f"text_model.encoder.layers.{i}.{linear}" for i in range(layers) for linear in _CLIP_LINEARS]
-    return AdapterTargets(
-        prefix="lora_te",
-        include=("text_model.encoder.layers.*.self_attn.*", "text_model.encoder.layers.*.mlp.*"),
-        exclude=tuple(f"text_model.encoder.layers.{i}.*" for i in range(read, layers)),
-        fused={path: FusedLinear((path,)) for path in paths},
-        diffusers_prefix="text_encoder",
-    )

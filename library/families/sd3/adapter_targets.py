@@ -3,19 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from library.families.sd3.key_maps import fused_linears
-from library.records import AdapterTargets, FusedLinear
+from library.records import AdapterTargets
+from library.text_encoders.clip_targets import clip_targets
 
 CLIP_L_LAYERS = 12
 CLIP_G_LAYERS = 32
-
-_CLIP_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "mlp.fc1",
-    "mlp.fc2",
-)
 
 
 def adapter_targets(
@@ -41,8 +33,8 @@ def adapter_targets(
     """
     return {
         "denoiser": _denoiser(depth, dual_attention_blocks),
-        "clip_l": _clip("lora_te1", "text_encoder", clip_l_layers),
-        "clip_g": _clip("lora_te2", "text_encoder_2", clip_g_layers),
+        "clip_l": clip_targets("lora_te1", "text_encoder", layers=clip_l_layers),
+        "clip_g": clip_targets("lora_te2", "text_encoder_2", layers=clip_g_layers),
         "t5xxl": _t5(),
     }
 
@@ -70,16 +62,6 @@ def _denoiser(depth: int, dual_attention_blocks: Sequence[int]) -> AdapterTarget
         block_prefix="joint_blocks",
         fused=fused_linears(depth=depth, dual_attention_blocks=dual_attention_blocks),
         diffusers_prefix="transformer",
-    )
-
-
-def _clip(prefix: str, diffusers_prefix: str, layers: int) -> AdapterTargets:
-    paths = [f"text_model.encoder.layers.{i}.{linear}" for i in range(layers) for linear in _CLIP_LINEARS]
-    return AdapterTargets(
-        prefix=prefix,
-        include=("text_model.encoder.layers.*.self_attn.*", "text_model.encoder.layers.*.mlp.*"),
-        fused={path: FusedLinear((path,)) for path in paths},
-        diffusers_prefix=diffusers_prefix,
     )
 
 
