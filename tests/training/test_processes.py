@@ -76,8 +76,8 @@ def seen(trainer, output: str, processes: int, **options) -> list[list[tuple]]:
                 at[0] = number
                 optimize(run, number)
 
-            def watched(run, batch, uniform):
-                made = noised(run, batch, uniform)
+            def watched(run, batch, uniform, draws):
+                made = noised(run, batch, uniform, draws)
                 for row, (key, visit, caption) in enumerate(zip(batch.keys, batch.visits, batch.captions)):
                     noise = hashlib.sha256(made.noise[row].contiguous().numpy().tobytes()).hexdigest()
                     rows.append((at[0], key, visit, caption, noise, made.sigma[row].item()))

@@ -198,6 +198,7 @@ def test_a_run_that_is_killed_with_a_step_pending_goes_on_from_its_state(trainer
     assert compare_runs(trainer.folder / "whole", trainer.folder / "killed").differences == []
 
 
+@pytest.mark.usefixtures("unforeseen")
 def test_the_log_has_every_step_that_was_done_when_the_next_one_breaks(trainer, monkeypatch):
     training_loss, count = loop.training_loss, [0]
 

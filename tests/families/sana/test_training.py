@@ -51,6 +51,7 @@ def small(path, photos, folder):
     return folder / path.name
 
 
+@pytest.mark.usefixtures("unforeseen")
 def test_the_same_pictures_at_two_resolutions(sana, seen):
     dataset = small(EXAMPLE, sana.photos, sana.folder)
     options = {**CACHED, "dataset_config": dataset, "max_train_epochs": 1, "max_train_steps": None}
