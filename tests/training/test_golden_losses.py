@@ -94,6 +94,8 @@ def losses(trainer: Trainer, same: Same, **options) -> list[float]:
     """The losses with what is changed."""
     dataset = trainer.folder / f"batches-of-{same.batch_size}.toml"
     text = trainer.dataset(dataset="enable_bucket = false").read_text()
+    if trainer.family == "sd":  # at 64 px its lowest level has one position, of which a norm keeps little but the sign
+        text = text.replace("resolution = 64", "resolution = 128")
     dataset.write_text(text.replace("batch_size = 2", f"batch_size = {same.batch_size}"))
     options = {**MEMORY, "dataset_config": dataset, "max_train_steps": STEPS, **options, **same.options}
     if trainer.network:
@@ -162,6 +164,6 @@ def test_what_must_not_change_the_losses_does_not(tiny, name):
 
 def test_the_losses_would_show_a_change(tiny):
     trainer, expected = tiny
-    slightly = {"noise_offset": 1e-5} if trainer.family == "sd" else {"training_shift": 1.00001}
+    slightly = {"noise_offset": 1e-4} if trainer.family == "sd" else {"training_shift": 1.00001}
     assert ulps(losses(trainer, Same(0, ""), **{**CONTINUOUS, "seed": 8}), expected) > 10**5
     assert ulps(losses(trainer, Same(0, ""), **CONTINUOUS, **slightly), expected) > 8
