@@ -36,12 +36,13 @@ class PickleError(ValueError):
     """The pickle contradicts itself, or isn't one."""
 
 
-def read_contents(file: BinaryIO, rebuild: Mapping[Global, Rebuild]) -> Any:
+def read_contents(file: BinaryIO, rebuild: Mapping[Global, Rebuild], named: set[Global]) -> Any:
     """This reads one pickle and leaves the file behind its end.
 
     Args:
         file: Holds no more than may be read.
         rebuild: What is made of the arguments of the calls that the file asks for; other calls give an ``Opaque``.
+        named: Gets every class and function that the file names.
 
     Returns:
         Texts, numbers, bytes, tuples, lists, tables, ``Storage``, ``Opaque``, and what ``rebuild`` makes.
@@ -49,7 +50,7 @@ def read_contents(file: BinaryIO, rebuild: Mapping[Global, Rebuild]) -> Any:
     Raises:
         PickleError: It is no pickle, or is longer than an honest one.
     """
-    machine = _Machine(rebuild)
+    machine = _Machine(rebuild, named)
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number > _MOST_STEPS:
@@ -80,8 +81,9 @@ _KEYS = (str, int, float, bytes, type(None))
 class _Machine:
     """The stack and the memory of a pickle."""
 
-    def __init__(self, rebuild: Mapping[Global, Rebuild]):
+    def __init__(self, rebuild: Mapping[Global, Rebuild], named: set[Global]):
         self._rebuild = rebuild
+        self._named = named
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memory: dict[int, Any] = {}
@@ -121,6 +123,12 @@ class _Machine:
     def push(self, value: Any) -> None:
         """This lays a value on top."""
         self._stack.append(value)
+
+    def push_global(self, module: str, name: str) -> None:
+        """This lays a class or function on top."""
+        found = Global(module, name)
+        self._named.add(found)
+        self.push(found)
 
     def top(self) -> Any:
         """The topmost value."""
@@ -198,16 +206,21 @@ def _with_keywords(machine: _Machine, argument: Any) -> None:
 
 def _named(machine: _Machine, argument: Any) -> None:
     module, name = str(argument).split(" ", 1)
-    machine.push(Global(module, name))
+    machine.push_global(module, name)
 
 
 def _named_on_stack(machine: _Machine, argument: Any) -> None:
-    name = machine.pop()
-    machine.push(Global(str(machine.pop()), str(name)) if type(name) is str else Opaque())
+    name, module = machine.pop(), machine.pop()
+    if type(name) is str:
+        machine.push_global(str(module), name)
+    else:
+        machine.push(Opaque())
 
 
 def _instance(machine: _Machine, argument: Any) -> None:
     machine.marked()
+    _named(machine, argument)
+    machine.pop()
     machine.push(Opaque())
 
 

@@ -36,6 +36,9 @@ _MOST_CONTENTS = 16 << 20
 _MOST_DIRECTORY = 16 << 20
 """Bytes of a zip file's directory, which becomes ten times as much memory."""
 
+_MAY_BE_SAFE = {"torch", "collections", "builtins", "__builtin__", "numpy", "_codecs"}
+"""Packages of which torch's safe loading knows some classes; it refuses those of all others."""
+
 _MOST_SIDES = 64
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -58,13 +61,17 @@ def read_pickle_header(path: str | os.PathLike[str]) -> Header:
         path: The file.
 
     Raises:
-        ConfigError: The file is missing, damaged, or holds no named tensors.
+        ConfigError: The file is missing, damaged, names code that torch's safe loading refuses, or holds no named
+            tensors.
     """
     path = require_file(path)
-    content = _contents(path)
+    named: set[Global] = set()
+    content = _contents(path, named)
     tensors = {name: value.info() for name, value in named_tensors(content, _Tensor).items()}
     if not tensors:
         raise ConfigError(f"{path} holds no named tensors")
+    if foreign := sorted(f"{module}.{name}" for module, name in named if module.split(".")[0] not in _MAY_BE_SAFE):
+        raise ConfigError(_unsafe(path, f" ({name_shown(foreign[0])})"))
     return Header(path, {}, tensors, -1, "pickle")
 
 
@@ -74,7 +81,7 @@ def check_pickle(path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: The file is missing or damaged, or was made to fill the memory.
     """
-    _contents(require_file(path))
+    _contents(require_file(path), set())
 
 
 def load_pickle(header: Header, *, mmap: bool) -> "dict[str, Tensor]":
@@ -102,9 +109,7 @@ def load_pickle(header: Header, *, mmap: bool) -> "dict[str, Tensor]":
         raise
     except Exception as error:  # a damaged file can raise anything
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-            raise ConfigError(
-                f"{header.path} can't be loaded safely: it contains more than tensors. Convert it to safetensors first"
-            ) from error
+            raise ConfigError(_unsafe(header.path, "")) from error
         raise ConfigError(_damaged(header.path, error)) from error
     return named_tensors(content, torch.Tensor)
 
@@ -136,9 +141,14 @@ def _damaged(path: Path, error: Exception) -> str:
     return f"{path} is a damaged or truncated checkpoint ({reason}); download it again"
 
 
-def _contents(path: Path) -> Any:
+def _unsafe(path: Path, what: str) -> str:
+    return f"{path} can't be loaded safely: it contains more than tensors{what}. Convert it to safetensors first"
+
+
+def _contents(path: Path, named: set[Global]) -> Any:
+    """What the file lists; ``named`` gets the classes and functions in it."""
     try:
-        return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+        return _read_zip(path, named) if zipfile.is_zipfile(path) else _read_legacy(path, named)
     except (
         ValueError,
         OSError,
@@ -151,7 +161,7 @@ def _contents(path: Path) -> Any:
         raise ConfigError(_damaged(path, error)) from error
 
 
-def _read_zip(path: Path) -> Any:
+def _read_zip(path: Path, named: set[Global]) -> Any:
     _check_directory(path)
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
@@ -173,7 +183,7 @@ def _read_zip(path: Path) -> Any:
             data = file.read(_MOST_CONTENTS + 1)
     if len(data) > _MOST_CONTENTS:
         raise ConfigError(f"{path}: its list of contents is longer than any model's; convert it to safetensors first")
-    return read_contents(BytesIO(data), _REBUILD)
+    return read_contents(BytesIO(data), _REBUILD, named)
 
 
 def _check_directory(path: Path) -> None:
@@ -191,7 +201,7 @@ def _check_directory(path: Path) -> None:
         raise ConfigError(f"{path} is a zip file of more parts than any model has; convert it to safetensors first")
 
 
-def _read_legacy(path: Path) -> Any:
+def _read_legacy(path: Path, named: set[Global]) -> Any:
     """Before torch 1.6: magic number, protocol, system facts, then the content, each pickled on its own."""
     with open(path, "rb") as file:
         start = file.read(len(_LEGACY_START))
@@ -201,8 +211,8 @@ def _read_legacy(path: Path) -> Any:
             raise ConfigError(f"{path} is a pickle file, but not one that torch saved")
         rest = BytesIO(file.read(_MOST_CONTENTS))
     for _ in range(2):
-        read_contents(rest, _REBUILD)
-    return read_contents(rest, _REBUILD)
+        read_contents(rest, _REBUILD, named)
+    return read_contents(rest, _REBUILD, named)
 
 
 class _Tensor:

@@ -25,7 +25,7 @@ DOUBLED = b"\x80\x02K\x01q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_values_are_those_that_were_pickled(protocol):
     file = BytesIO(pickle.dumps(PLAIN, protocol) + b"rest")
-    found = read_contents(file, {})
+    found = read_contents(file, {}, set())
     assert found["b"] == PLAIN["b"] and file.read() == b"rest"
     assert [value for value in found["a"] if not isinstance(value, Opaque)][:5] == PLAIN["a"][:5]
     assert found["a"] == PLAIN["a"] or protocol < 3  # older ones call a function to make bytes
@@ -34,8 +34,8 @@ def test_plain_values_are_those_that_were_pickled(protocol):
 def test_calls_are_made_by_those_who_ask_for_them():
     data = pickle.dumps({"o": OrderedDict(a=1), "c": complex(1, 2)}, 2)
     known = {Global("__builtin__", "complex"): tuple, Global("builtins", "complex"): tuple}
-    assert read_contents(BytesIO(data), known) == {"o": {"a": 1}, "c": (1.0, 2.0)}
-    assert isinstance(read_contents(BytesIO(data), {})["c"], Opaque)
+    assert read_contents(BytesIO(data), known, set()) == {"o": {"a": 1}, "c": (1.0, 2.0)}
+    assert isinstance(read_contents(BytesIO(data), {}, set())["c"], Opaque)
 
 
 HOSTILE = {
@@ -57,7 +57,7 @@ HOSTILE = {
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_lists_end_in_an_error(data):
     with pytest.raises(PickleError):
-        read_contents(BytesIO(data), {})
+        read_contents(BytesIO(data), {}, set())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_hostile_lists_end_in_an_error(data):
 )  # fmt: skip
 def test_nothing_is_called(data, monkeypatch):
     monkeypatch.setattr("os.system", lambda command: pytest.fail(f"{command} was run"))
-    assert isinstance(read_contents(BytesIO(b"\x80\x04" + data), {}), Opaque)
+    assert isinstance(read_contents(BytesIO(b"\x80\x04" + data), {}, set()), Opaque)
 
 
 def archive(folder, contents, *, packing=zipfile.ZIP_STORED, **others):

@@ -60,10 +60,8 @@ class Trap:
 def test_code_in_a_pickle_never_runs(tmp_path, monkeypatch, new_format):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": tensors(), "trap": Trap()}, "model.ckpt", _use_new_zipfile_serialization=new_format)
-    header = read_pickle_header("model.ckpt")
-    assert header.tensors == EXPECTED
-    with pytest.raises(ConfigError, match=r"model.ckpt can't be loaded safely: it contains more than tensors"):
-        load_pickle(header, mmap=True)
+    with pytest.raises(ConfigError, match=r"model.ckpt can't be loaded safely: it contains more than .*posix.system"):
+        read_pickle_header("model.ckpt")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -71,11 +69,19 @@ class Callbacks(dict):
     """What a training framework leaves in its checkpoints."""
 
 
-def test_objects_of_other_classes_are_passed_over(tmp_path, monkeypatch):
+def test_objects_of_other_classes_are_named_without_their_code(tmp_path, monkeypatch):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": tensors(), "callbacks": Callbacks(x=1), "list": [Callbacks()]}, path)
     monkeypatch.delitem(sys.modules, Callbacks.__module__)
-    assert read_pickle_header(path).tensors == EXPECTED
+    with pytest.raises(ConfigError, match=r"more than tensors \(tests.io.test_pickles.Callbacks\). Convert it"):
+        read_pickle_header(path)
+
+
+def test_what_torch_alone_refuses_is_refused_when_it_is_loaded(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": tensors(), "of torch": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(ConfigError, match=r"model.ckpt can't be loaded safely: it contains more than tensors"):
+        load_pickle(read_pickle_header(path), mmap=True)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9])
