@@ -191,7 +191,8 @@ def objective_groups(options: Any, command_line: CommandLine, description: Model
 
 def values_of(group: Any) -> Iterator[tuple[Option, Any]]:
     """The options of a group with their values."""
-    return ((declared, getattr(group, declared.name)) for declared in options_of(type(group)))
+    kind: type = type(group)
+    return ((declared, getattr(group, declared.name)) for declared in options_of(kind))
 
 
 def picture_requests(
