@@ -110,12 +110,12 @@ def test_a_denoiser_learns_the_same_bits(family, how, request, monkeypatch):
     assert all(transfers.sent for transfers in made)
 
 
-@pytest.fixture(params=["sd3", "sana"])
-def trainer(request, tiny_file, tiny_sana_file, photos, tmp_path):
+@pytest.fixture(params=["sd3", "sana", "sd"])
+def trainer(request, tiny_file, tiny_sana_file, tiny_sd_file, photos, tmp_path):
     """Trains the whole of a tiny model and looks at it in between."""
     from tests.conftest import Trainer
 
-    checkpoint = tiny_file if request.param == "sd3" else tiny_sana_file
+    checkpoint = {"sd3": tiny_file, "sana": tiny_sana_file, "sd": tiny_sd_file}[request.param]
     return Trainer(checkpoint, photos, tmp_path, request.param, job="full")
 
 
@@ -126,7 +126,7 @@ def test_a_run_with_everything_ends_with_the_same_bytes(trainer, tmp_path, reque
     options |= {"sample_prompts": prompts, "sample_every_n_steps": 2, "max_train_steps": 3, "save_state": True}
     options |= {"use_ema": True, "ema_save_raw": True, "ema_validation": "comparison", "save_every_n_steps": 2}
     options |= {"validation_split": 0.5, "validate_every_n_steps": 2, "save_state_on_train_end": True}
-    if trainer.family == "sd3":
+    if trainer.family != "sana":
         options |= {"train_text_encoder": True, "cache_text_encoder_outputs_to_disk": None}
     else:
         options["ema_device"] = "accelerator"

@@ -53,6 +53,9 @@ def counted(setting):
     return allocations, traffic, made.forecast
 
 
+FEW = ("all weights", "all weights, swapped")
+
+
 def check(setting):
     allocations, traffic, foreseen = counted(setting)
     assert foreseen.peak == pytest.approx(allocations.peak, rel=0.01)
@@ -67,6 +70,7 @@ def check(setting):
     [
         *[("sana", name) for name in ADAPTER],
         *[("sd3", name) for name in ("attention kept", "plain", "swapped, recomputed, offloaded", "int8")],
+        *[("sd", name) for name in ("plain", "swapped, recomputed, offloaded", "int8")],
     ],
 )
 def test_an_adapters_step_is_foreseen(family, name):
@@ -75,7 +79,8 @@ def test_an_adapters_step_is_foreseen(family, name):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*[("sana", name) for name in FULL], ("sd3", "all weights"), ("sd3", "all weights, swapped")]
+    ("family", "name"),
+    [*[("sana", name) for name in FULL], *[(name, case) for name in ("sd3", "sd") for case in FEW]],
 )
 def test_a_whole_models_step_is_foreseen(family, name):
     check(setting(family, full=True, **FULL[name]))
@@ -105,7 +110,7 @@ def test_eight_bit_optimizers_are_foreseen():
     check(setting("sana", full=True, optimizer="AdamW8bit"))
 
 
-@pytest.mark.parametrize("family", ["sd3", "sana"])
+@pytest.mark.parametrize("family", ["sd3", "sana", "sd"])
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
 def test_components_are_those_of_plain_arithmetic(family, full):
     from importlib import import_module
@@ -123,7 +128,7 @@ def test_components_are_those_of_plain_arithmetic(family, full):
     else:
         assert parts[BASE] == pytest.approx(2 * (parameters + buffers), **near)
     assert parts[TRAINED] == pytest.approx(4 * trained, **near)
-    assert parts[STATE] == pytest.approx(8 * trained, rel=0.05)  # two moments, and a count of steps for each weight
+    assert parts[STATE] == pytest.approx(8 * trained, rel=0.12)  # two moments, and a block for each tensor's count
     assert 0 <= parts.get(GRADIENTS, 0) <= 1.1 * 4 * trained
     assert foreseen.resident == pytest.approx(parts.get(BASE, 0) + parts[TRAINED] + parts[STATE], rel=0.05)
 
