@@ -33,10 +33,10 @@ class DdpmConfig:
         "what its files say; where they say nothing, the noise.",
         metadata_key="ss_v_parameterization",
     )
-    zero_terminal_snr: bool = option(
-        False,
+    zero_terminal_snr: bool | None = option(
+        None,
         "Stretch the schedule so that its last timestep is pure noise (Lin et al. 2023). For models that predict the "
-        "velocity.",
+        "velocity. By default what the model's files say; where they say nothing, not.",
         metadata_key="ss_zero_terminal_snr",
     )
     min_timestep: int | None = option(
@@ -178,10 +178,10 @@ class DdpmPictureConfig:
     """Noise schedule (DDPM)."""
 
     v_parameterization: bool | None = redeclared(DdpmConfig, "v_parameterization", None)
-    zero_terminal_snr: bool = redeclared(
+    zero_terminal_snr: bool | None = redeclared(
         DdpmConfig,
         "zero_terminal_snr",
-        False,
+        None,
         "Begin in pure noise, at the last timestep of a schedule stretched to it, for models that were trained so. By "
-        "default the schedule is the published one.",
+        "default what the model's files say; where they say nothing, the schedule is the published one.",
     )

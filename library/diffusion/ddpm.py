@@ -118,7 +118,7 @@ class Ddpm:
 
     def _signal(self, sigma: Tensor) -> Tensor:
         """The fraction of signal at noise levels: (B, 1, 1, 1), fp64, on their device."""
-        fractions = signal_fractions(zero_terminal_snr=self.ddpm.zero_terminal_snr)
+        fractions = signal_fractions(zero_terminal_snr=bool(self.ddpm.zero_terminal_snr))
         return fractions.to(sigma.device, non_blocking=True)[timestep_of(sigma)].view(-1, 1, 1, 1)
 
     def _roots(self, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -224,8 +224,9 @@ def test_options_that_do_not_fit_what_the_model_predicts_are_refused(options, ve
 
 
 def test_idle_options_are_named():
-    switches = {"noise_offset_random_strength", "zero_terminal_snr", "scale_v_pred_loss_like_noise_pred"}
+    switches = {"noise_offset_random_strength", "scale_v_pred_loss_like_noise_pred"}
     switches |= {"ip_noise_gamma_random_strength", "debiased_estimation_loss"}
     assert set(DdpmConfig(noise_offset=0.1).idle_options) == {"multires_noise_discount", *switches}
-    said = DdpmConfig(noise_offset=0.1, v_parameterization=False, noise_offset_random_strength=True).idle_options
-    assert set(said) == {"multires_noise_discount", "v_parameterization", *switches - {"noise_offset_random_strength"}}
+    off = {"v_parameterization": False, "zero_terminal_snr": False}
+    said = DdpmConfig(noise_offset=0.1, **off, noise_offset_random_strength=True).idle_options
+    assert set(said) == {"multires_noise_discount", *off, *switches - {"noise_offset_random_strength"}}

@@ -30,7 +30,7 @@ from library.families.sd.export import base_weights, complete_pipeline, kept_bes
 from library.families.sd.files import UNSKIPPABLE, SdFiles, describe, locate
 from library.families.sd.latents import sd_latents
 from library.families.sd.options import SdOptions
-from library.families.sd.predictions import own_prediction
+from library.families.sd.predictions import own_prediction, own_schedule_end
 from library.families.sd.sizes import clip_sizes, unet_sizes
 from library.families.sd.text import SdText, SdTextStrategy
 from library.families.sd.tokenizers import load_tokenizer, tokenizer_folder
@@ -166,7 +166,8 @@ class SdFamily:
         """The way of diffusers' scheduler of that name, at every resolution."""
         ddpm = self.objective.ddpm
         velocity = bool(ddpm.v_parameterization)
-        return ddpm_path(sampler, steps, v_parameterization=velocity, zero_terminal_snr=ddpm.zero_terminal_snr)
+        zero_terminal_snr = bool(ddpm.zero_terminal_snr)
+        return ddpm_path(sampler, steps, v_parameterization=velocity, zero_terminal_snr=zero_terminal_snr)
 
     def skipping(self, denoiser: nn.Module, layers: Sequence[int]) -> AbstractContextManager[None]:
         """Not possible here.
@@ -211,7 +212,7 @@ class SdFamily:
                 tokenizer_folder(self.tokenizers),
                 is_v2=files.is_v2,
                 v_prediction=bool(ddpm.v_parameterization),
-                zero_terminal_snr=ddpm.zero_terminal_snr,
+                zero_terminal_snr=bool(ddpm.zero_terminal_snr),
             )
 
 
@@ -234,6 +235,8 @@ def create(config: Any) -> SdFamily:
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
     velocity = own_prediction(config.ddpm, files.v_prediction)
+    zero_terminal_snr = own_schedule_end(config.ddpm, files.zero_terminal_snr and velocity)
+    ddpm = dataclasses.replace(config.ddpm, v_parameterization=velocity, zero_terminal_snr=zero_terminal_snr)
     denoiser, clip_layers = read_unet_config(files), clip_sizes(files.clip).depth
     return SdFamily(
         files=files,
@@ -241,7 +244,7 @@ def create(config: Any) -> SdFamily:
         denoiser=denoiser,
         description=describe(files, options, v_prediction=velocity),
         latents=sd_latents(part_identity(files.vae)),
-        objective=Ddpm(dataclasses.replace(config.ddpm, v_parameterization=velocity), config.loss),
+        objective=Ddpm(ddpm, config.loss),
         adapter_targets=adapter_targets(
             multipliers=denoiser.multipliers,
             attention_levels=denoiser.attention_levels,

@@ -28,7 +28,7 @@ _ARCHITECTURE, _V_ARCHITECTURE = "stable-diffusion-v2-512", "stable-diffusion-v2
 _PREDICTIONS = {"epsilon": False, "v_prediction": True, "v": True}
 """What is said of the prediction: by diffusers' schedules, and by sai_model_spec, which says ``v``."""
 
-_V_MARKER = "v_pred"
+_V_MARKER, _ZERO_MARKER = "v_pred", "ztsnr"
 
 UNSKIPPABLE = "its stages change the size or the number of the features that pass through them"
 """Why none of them can be left out of the U-Net."""
@@ -46,6 +46,7 @@ class SdFiles:
         clip: The text encoder.
         is_v2: Whether the model is of the second generation.
         v_prediction: Whether it predicts velocities, where the files say so; None: they don't.
+        zero_terminal_snr: Whether the files say that its schedule ends in pure noise.
     """
 
     denoiser: Part
@@ -53,6 +54,7 @@ class SdFiles:
     clip: Part
     is_v2: bool
     v_prediction: bool | None
+    zero_terminal_snr: bool
 
 
 def problems(model: ModelConfig, options: SdOptions) -> list[str]:
@@ -76,12 +78,14 @@ def locate(model: ModelConfig, options: SdOptions) -> SdFiles:
         ConfigError: What ``problems`` returns, if anything.
     """
     parts = _searched(model, options).checked()
+    folder = base_folder(LAYOUT, model)
     return SdFiles(
         denoiser=parts["denoiser"],
         vae=parts["vae"],
         clip=parts["clip"],
         is_v2=unet_sizes(parts["denoiser"]).is_v2,
-        v_prediction=_stored_prediction(parts["denoiser"], base_folder(LAYOUT, model)),
+        v_prediction=_stored_prediction(parts["denoiser"], folder),
+        zero_terminal_snr=_is_stored_as_stretched(parts["denoiser"], folder),
     )
 
 
@@ -99,7 +103,12 @@ def describe(files: SdFiles, options: SdOptions | None = None, *, v_prediction: 
     velocity = bool(files.v_prediction if v_prediction is None else v_prediction)
     side = _V_NATIVE_SIDE if velocity else _NATIVE_SIDE
     tokens = int(options.max_token_length) + 2
-    own = prediction_defaults(files.denoiser.title, is_v2=files.is_v2, v_prediction=files.v_prediction)
+    own = prediction_defaults(
+        files.denoiser.title,
+        is_v2=files.is_v2,
+        v_prediction=files.v_prediction,
+        zero_terminal_snr=files.zero_terminal_snr and velocity,
+    )
     return ModelDescription(
         title=title,
         architecture=(_V_ARCHITECTURE if velocity else _ARCHITECTURE) if files.is_v2 else _FIRST_ARCHITECTURE,
@@ -144,14 +153,27 @@ def _stored_prediction(denoiser: Part, folder: Path | None) -> bool | None:
     ``v_pred`` and empty, as ComfyUI marks it.
     """
     if folder is not None:
-        try:
-            return _PREDICTIONS.get(read_json(folder / "scheduler" / "scheduler_config.json")["prediction_type"])
-        except (ConfigError, KeyError, TypeError):
-            return None
+        return _PREDICTIONS.get(str(_schedule(folder).get("prediction_type")))
     if any(_V_MARKER in header.tensors for header in denoiser.headers):
         return True
     said = (header.metadata.get("modelspec.prediction_type") for header in denoiser.headers)
     return next((_PREDICTIONS[word] for word in said if word in _PREDICTIONS), None)
+
+
+def _is_stored_as_stretched(denoiser: Part, folder: Path | None) -> bool:
+    """Whether the files say that the last timestep is pure noise: a folder in its schedule, a file by a marker."""
+    if folder is not None:
+        return _schedule(folder).get("rescale_betas_zero_snr") is True
+    return any(_ZERO_MARKER in header.tensors for header in denoiser.headers)
+
+
+def _schedule(folder: Path) -> Mapping[str, Any]:
+    """What a folder says of its schedule; nothing where it has none that can be read."""
+    try:
+        said = read_json(folder / "scheduler" / "scheduler_config.json")
+    except ConfigError:
+        return {}
+    return said if isinstance(said, Mapping) else {}
 
 
 def _searched(model: ModelConfig, options: SdOptions) -> Search:

@@ -24,17 +24,22 @@ class PredictionDefaults:
     unsure: Mapping[str, str]
 
 
-def prediction_defaults(title: str, *, is_v2: bool, v_prediction: bool | None) -> PredictionDefaults:
+def prediction_defaults(
+    title: str, *, is_v2: bool, v_prediction: bool | None, zero_terminal_snr: bool
+) -> PredictionDefaults:
     """This decides which objective acts where nobody says it.
 
     Args:
         title: Where the weights lie.
         is_v2: Whether the model is of the second generation.
         v_prediction: Whether it predicts velocities, where the files say so; None: they don't.
+        zero_terminal_snr: Whether its schedule ends in pure noise, as the files say.
     """
     defaults: dict[str, bool | str] = {"v_parameterization": bool(v_prediction), "huber_schedule": "snr"}
     if is_v2:
         defaults["v2"] = True
+    if zero_terminal_snr:
+        defaults["zero_terminal_snr"] = True
     if v_prediction is not None:
         said = f"the files of {title} say that it predicts {_SAID[v_prediction]}"
         return PredictionDefaults(defaults, {"v_parameterization": said}, {})
@@ -64,3 +69,13 @@ def own_prediction(ddpm: DdpmConfig, v_prediction: bool | None) -> bool:
         v_prediction: Whether it predicts velocities, where the files say so; None: they don't.
     """
     return bool(v_prediction) if ddpm.v_parameterization is None else ddpm.v_parameterization
+
+
+def own_schedule_end(ddpm: DdpmConfig, zero_terminal_snr: bool) -> bool:
+    """Whether the schedule ends in pure noise: what was said, else what the files say.
+
+    Args:
+        ddpm: What was said.
+        zero_terminal_snr: What the files say.
+    """
+    return zero_terminal_snr if ddpm.zero_terminal_snr is None else ddpm.zero_terminal_snr

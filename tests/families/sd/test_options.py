@@ -1,6 +1,7 @@
 """What the command line says about the objective: what the files decide, what fits, and what is for other models."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from library.config.memory import MemoryConfig
 from library.config.model import ModelConfig
 from library.config.options import all_options
 from library.dry_run import look
-from library.families import FAMILIES, family_options
+from library.families import FAMILIES, create_family, family_options
 from library.families.sd.family import create
 from library.families.sd.options import SdOptions
 
@@ -45,6 +46,21 @@ def test_a_folder_decides_what_the_model_predicts(tiny_sd, check, tmp_path):
         assert check(folder, **{agreed: True})[1] == []
         (told,) = check(folder, **{wrong: True})[1]
         assert told.startswith(f"--{wrong}: the files of {folder}") and told.endswith(f"({prediction}); remove it")
+
+
+def test_a_folder_decides_how_its_schedule_ends(tiny_sd, check, tmp_path):
+    for prediction in ("v_prediction", "epsilon"):
+        folder = tiny_sd.folder(tmp_path / prediction, prediction=prediction)
+        schedule = {"prediction_type": prediction, "rescale_betas_zero_snr": True}
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+        config, problems = check(folder)
+        assert problems == [] and bool(config.ddpm.zero_terminal_snr) is (prediction == "v_prediction")
+        ddpm = create_family("sd", config).objective.ddpm
+        assert ddpm.zero_terminal_snr is ddpm.v_parameterization is (prediction == "v_prediction")
+        if prediction == "v_prediction":
+            assert config.provenance["zero_terminal_snr"].startswith("derived: ")
+            answered, problems = check(folder, **{"no-zero_terminal_snr": True})
+            assert problems == [] and create_family("sd", answered).objective.ddpm.zero_terminal_snr is False
 
 
 def test_a_second_generation_file_that_says_nothing_is_warned_about(tiny_sd, check, tmp_path):

@@ -101,7 +101,7 @@ def test_another_objective_is_another_run(sd_trainer, capsys):
     told = capsys.readouterr().err
     for change in (
         "--v_parameterization True (the state: False)",
-        "--zero_terminal_snr True (the state: False)",
+        "--zero_terminal_snr True (the state: unset)",
         "--clip_skip 2 (the state: unset)",
         "--max_token_length 225 (the state: 75)",
         "--noise_offset 0.1 (the state: unset)",
