@@ -235,7 +235,7 @@ def create(config: Any) -> SdFamily:
     if wrong := check_weights(files):
         raise ConfigError("\n".join(wrong))
     velocity = own_prediction(config.ddpm, files.v_prediction)
-    zero_terminal_snr = own_schedule_end(config.ddpm, files.zero_terminal_snr and velocity)
+    zero_terminal_snr = own_schedule_end(config.ddpm, files.zero_terminal_snr)
     ddpm = dataclasses.replace(config.ddpm, v_parameterization=velocity, zero_terminal_snr=zero_terminal_snr)
     denoiser, clip_layers = read_unet_config(files), clip_sizes(files.clip).depth
     return SdFamily(

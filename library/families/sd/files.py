@@ -46,7 +46,7 @@ class SdFiles:
         clip: The text encoder.
         is_v2: Whether the model is of the second generation.
         v_prediction: Whether it predicts velocities, where the files say so; None: they don't.
-        zero_terminal_snr: Whether the files say that its schedule ends in pure noise.
+        zero_terminal_snr: Whether the files say that it predicts velocities and that its schedule ends in pure noise.
     """
 
     denoiser: Part
@@ -79,13 +79,14 @@ def locate(model: ModelConfig, options: SdOptions) -> SdFiles:
     """
     parts = _searched(model, options).checked()
     folder = base_folder(LAYOUT, model)
+    v_prediction = _stored_prediction(parts["denoiser"], folder)
     return SdFiles(
         denoiser=parts["denoiser"],
         vae=parts["vae"],
         clip=parts["clip"],
         is_v2=unet_sizes(parts["denoiser"]).is_v2,
-        v_prediction=_stored_prediction(parts["denoiser"], folder),
-        zero_terminal_snr=_is_stored_as_stretched(parts["denoiser"], folder),
+        v_prediction=v_prediction,
+        zero_terminal_snr=bool(v_prediction) and _is_stored_as_stretched(parts["denoiser"], folder),
     )
 
 
@@ -107,7 +108,7 @@ def describe(files: SdFiles, options: SdOptions | None = None, *, v_prediction: 
         files.denoiser.title,
         is_v2=files.is_v2,
         v_prediction=files.v_prediction,
-        zero_terminal_snr=files.zero_terminal_snr and velocity,
+        zero_terminal_snr=files.zero_terminal_snr,
     )
     return ModelDescription(
         title=title,
