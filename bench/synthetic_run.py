@@ -148,11 +148,11 @@ class Setting:
         Raises:
             ConfigError: Options exclude each other.
         """
-        folder = tempfile.mkdtemp(prefix="bench-")
-        config = _config(self, folder)
-        config = replace(config, provenance={declared.name: DEFAULT for declared, _ in option_values(config)})
-        if problems := config.problems():
-            raise ConfigError("\n".join(problems))
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:  # there while it is checked; nothing is written
+            config = _config(self, folder)
+            config = replace(config, provenance={declared.name: DEFAULT for declared, _ in option_values(config)})
+            if problems := config.problems():
+                raise ConfigError("\n".join(problems))
         return config
 
     @property

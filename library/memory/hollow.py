@@ -6,6 +6,8 @@ with numbers. What an operation gives is asked of torch's meta device, once for 
 """
 
 import functools
+import mmap
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,9 @@ _ALIASES = {torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.defau
 
 _SMALL = 1 << 16
 """Bytes up to which tensors are zeros: code may look into them, and must find the same each time."""
+
+_ADDRESSES_ALONE = 0x4000 if sys.platform == "linux" else 0
+"""Linux's ``MAP_NORESERVE``, which Python names from 3.13 on: the system sets no memory aside."""
 
 
 class _Kind(NamedTuple):
@@ -131,6 +136,19 @@ def _layouts(value: Any) -> Any:
 def _reserved(value: Any) -> Any:
     """The same with tensors on the host in the place of layouts."""
     if isinstance(value, _Layout):
-        made = torch.empty_strided(value.size, value.stride, dtype=value.dtype)
-        return made.zero_() if made.untyped_storage().nbytes() <= _SMALL else made
+        return _tensor(value)
     return type(value)(map(_reserved, value)) if isinstance(value, list | tuple) else value
+
+
+def _tensor(layout: _Layout) -> Tensor:
+    size, stride, dtype = layout
+    length = 0 if 0 in size else 1 + sum((count - 1) * step for count, step in zip(size, stride))
+    if length * dtype.itemsize <= _SMALL:
+        return torch.empty_strided(size, stride, dtype=dtype).zero_()
+    if sys.platform == "win32":
+        return torch.empty_strided(size, stride, dtype=dtype)
+    # Not from malloc: it would take the memory of a whole model from its heap, which shrinks from its end alone, and a
+    # process whose heap is larger than the machine can't be forked.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _ADDRESSES_ALONE
+    room = mmap.mmap(-1, length * dtype.itemsize, flags=flags)
+    return torch.frombuffer(room, dtype=dtype).as_strided(size, stride)

@@ -1,5 +1,8 @@
 """Operations without numbers give what operations with numbers give, numbers apart."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +98,30 @@ def test_memory_is_never_touched():
         for _ in range(256):
             x = (x * 2).relu_()
         assert x.numel() == 1 << 30
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there, what is reserved is set aside")
+def test_more_is_reserved_than_any_host_has():
+    with Hollow():
+        x = torch.empty(1 << 42)  # 16 TiB
+        assert x.view(1 << 21, 1 << 21).t().add(1).stride() == (1, 1 << 21)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_that_was_reserved_is_left_of_a_model_that_is_gone():
+    """In malloc's heap one small tensor behind a model keeps all its addresses, and then no process can be forked."""
+
+    def data() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
+
+    before, kept = data(), []
+    with Hollow():
+        for _ in range(4):
+            model = [torch.empty(20 << 20, dtype=torch.uint8) for _ in range(200)]  # malloc's heap takes up to 32 MiB
+            kept.append(torch.empty(100))
+            del model
+    assert data() - before < 1 << 30
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor"])
