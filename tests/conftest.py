@@ -1,4 +1,3 @@
-import functools
 import gc
 import json
 import logging
@@ -21,14 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_collection_finish() -> None:
-    """A run collects garbage between models; among all that a test process imports, that would take half its time."""
-    gc.collect()
-    gc.freeze()
+    leave_the_old_alone()
 
 
-@functools.cache
-def leave_imports_alone() -> None:
-    """The same for what the first run has imported; its own garbage goes before."""
+def leave_the_old_alone() -> None:
+    """A run collects garbage between models; among all that a test process keeps, that would take half its time."""
     gc.collect()
     gc.freeze()
 
@@ -118,7 +114,7 @@ class Trainer:
             return main(self.family, job=self.job, argv=self.arguments(output, **options))
         finally:
             logging.getLogger().handlers.clear()
-            leave_imports_alone()
+            leave_the_old_alone()
 
     def launch(self, processes: int, output: str, **options) -> None:
         """Train in so many processes on gloo."""

@@ -5,6 +5,10 @@ import gc
 from collections.abc import Iterator
 
 
+_MANY = 10_000
+"""New objects from which on the walk through them is worth sparing."""
+
+
 @contextlib.contextmanager
 def paused_collection() -> Iterator[None]:
     """No search for cycles inside: while a hundred thousand records are made, it takes a third of the time."""
@@ -14,7 +18,7 @@ def paused_collection() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():
+            if gc.get_count()[0] >= _MANY and not gc.get_freeze_count():
                 # what was made counts as old, or the next search, which comes at once, would walk through all of it
                 gc.freeze()
                 gc.unfreeze()

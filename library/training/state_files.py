@@ -56,7 +56,9 @@ def read_progress(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         progress = _parsed(path)
         found = progress["format"]
-        checksums = dict(progress["checksums"]) if found == _WITHOUT_MANIFEST else {}
+        checksums = progress["checksums"] if found == _WITHOUT_MANIFEST else {}
+        if not isinstance(checksums, dict):
+            raise TypeError("its checksums are no table")
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"--resume {folder}: {PROGRESS} is damaged ({error}); resume from an older state") from error
     if found not in (STATE_FORMAT, _WITHOUT_MANIFEST):

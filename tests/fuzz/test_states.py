@@ -2,7 +2,7 @@
 
 import json
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench.fuzz_targets import all_targets
@@ -18,6 +18,7 @@ def test_bent(data, tmp_path):
 
 
 @given(content=st.fixed_dictionaries({"format": st.just(1) | JSON, "checksums": JSON}, optional={"settings": JSON}))
+@example(content={"format": 1, "checksums": [[None, None]]})
 @examples(40)
 def test_made_up(content, tmp_path):
     parses(TARGET.parse, json.dumps(content).encode(), tmp_path)
