@@ -361,7 +361,8 @@ class ModelDescription:
         text_numbers: How many numbers the features of one caption have, padding included; 0: not known.
         specification: More of what saved files say as ``modelspec.*``: name -> value.
         defaults: Options whose default depends on the model: name -> what acts where nobody gave one.
-        stated: Those of them that the files decide: name -> what they say, as a sentence; another value is an error.
+        stated: Those of them that the files decide: name -> what they say, as a sentence; another value is an error
+            where the model stays as it is.
         unsure: Those of them that are a guess: name -> why, and what to do, as a sentence.
         text_encoders: The text encoders that the files have, in the order in which options number them.
         trainable_text_encoders: The text encoders that a full fine-tune can train.

@@ -1,4 +1,4 @@
-"""What a model's files decide of the options: defaults, statements that nothing can overrule, and guesses."""
+"""What a model's files decide of the options: defaults, guesses, and statements about a model that stays itself."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,13 +30,29 @@ def stated_problems(values: Iterable[tuple[Option, Any]], description: ModelDesc
         values: Options with their values.
         description: What the model's files say about it.
     """
+    return (f"{given}: {said}; remove it" for given, said in _contradicted(values, description))
+
+
+def stated_changes(values: Iterable[tuple[Option, Any]], description: ModelDescription) -> Iterator[str]:
+    """The same of a run that trains the whole model, which may become another one.
+
+    Args:
+        values: Options with their values.
+        description: What the model's files say about it.
+    """
+    for given, said in _contradicted(values, description):
+        yield f"{given}: {said}; this run teaches it otherwise, and what it saves says so"
+
+
+def _contradicted(values: Iterable[tuple[Option, Any]], description: ModelDescription) -> Iterator[tuple[str, str]]:
+    """What was given, and what the files say of it."""
     for declared, value in values:
         said = description.stated.get(declared.name)
         if said is not None and value is not None and value != description.defaults[declared.name]:
-            word = f"--{declared.name} {value}"
+            given = f"--{declared.name} {value}"
             if isinstance(value, bool):
-                word = f"--{declared.name}" if value else f"--no-{declared.name}"
-            yield f"{word}: {said}; remove it"
+                given = f"--{declared.name}" if value else f"--no-{declared.name}"
+            yield given, said
 
 
 def _shown(value: float | bool | str) -> str:

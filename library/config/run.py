@@ -21,7 +21,7 @@ from library.config.loss import LossConfig
 from library.config.memory import MemoryConfig
 from library.config.messages import holds_secret
 from library.config.model import ModelConfig
-from library.config.model_defaults import model_defaults, stated_problems
+from library.config.model_defaults import model_defaults, stated_changes, stated_problems
 from library.config.network import NetworkConfig, network_problems
 from library.config.non_finite import non_finite_problems
 from library.config.optimizer import OptimizerConfig
@@ -217,7 +217,7 @@ class RunConfig:
         refused = description.refused_precisions.get(precision)
         return [
             *([] if refused is None else [f"--mixed_precision {precision}: {refused}"]),
-            *stated_problems(option_values(self), description),
+            *(stated_problems(option_values(self), description) if self.full is None else ()),
             *(ddpm_problems(self.ddpm) if self.ddpm is not None else ()),
             *skip_layer_problems(self.sampling, description),
             *self._position_problems(description.largest_side),
@@ -225,12 +225,16 @@ class RunConfig:
         ]
 
     def model_warnings(self, description: ModelDescription) -> list[str]:
-        """What was guessed about the model where nobody said it, one sentence each.
+        """What was guessed about the model where nobody said it, and what it is made to do against its files, one
+        sentence each.
 
         Args:
             description: What the model's files say about it.
         """
-        return [told for name, told in description.unsure.items() if not self.was_given(name)]
+        return [
+            *(told for name, told in description.unsure.items() if not self.was_given(name)),
+            *(stated_changes(option_values(self), description) if self.full is not None else ()),
+        ]
 
     def _position_problems(self, largest_side: int | None) -> Iterator[str]:
         """Resolutions that are too large for every picture; those too large for some show once pictures are known."""

@@ -4,7 +4,6 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-
 _MANY = 10_000
 """New objects from which on the walk through them is worth sparing."""
 

@@ -57,6 +57,25 @@ def test_the_second_generation_says_that_it_predicts_velocities(sd_full_trainer,
     assert json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["pad_token"] == "!"
 
 
+def test_all_weights_may_be_taught_otherwise_than_the_files_say(sd_full_trainer, tmp_path, capsys):
+    """Velocities from a folder whose schedule says noise; the next run takes them from the files."""
+    assert sd_full_trainer("noise", **WHOLE, save_model_as="diffusers") == 0
+    trainer = dataclasses.replace(sd_full_trainer, checkpoint=tmp_path / "noise" / "run")
+    otherwise = {"v_parameterization": True, "zero_terminal_snr": True}
+    capsys.readouterr()
+    assert dataclasses.replace(trainer, job="adapter")("adapter", max_train_steps=1, v_parameterization=True) == 2
+    assert "(epsilon); remove it" in capsys.readouterr().err
+    assert trainer("velocities", **WHOLE, **otherwise, save_model_as="diffusers") == 0
+    told = capsys.readouterr().err
+    assert "--v_parameterization: the files of" in told and "(epsilon); this run teaches it otherwise" in told
+    schedule = json.loads((tmp_path / "velocities" / "run" / "scheduler" / "scheduler_config.json").read_text())
+    assert (schedule["prediction_type"], schedule["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    taught = dataclasses.replace(trainer, checkpoint=tmp_path / "velocities" / "run")
+    ddpm = taught.with_run("next", lambda run: run.family.objective.ddpm, **WHOLE)
+    assert ddpm.v_parameterization is ddpm.zero_terminal_snr is True
+    assert "teaches it otherwise" not in capsys.readouterr().err
+
+
 def test_a_checkpoint_with_code_in_it_is_refused_in_one_line(sd_trainer, tmp_path, capsys):
     class Evil:
         def __reduce__(self):
