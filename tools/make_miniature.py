@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from anywhere
 
+from tools.miniature_parts import DTYPES
 from tools.miniature_sana import make_sana
 from tools.miniature_sd import VARIANTS, make_sd
-from tools.miniature_sd3 import DTYPES, make_sd3
+from tools.miniature_sd3 import make_sd3
 
 MAKERS: dict[str, Callable[..., Path]] = {"sd3": make_sd3, "sana": make_sana, "sd": make_sd}
 

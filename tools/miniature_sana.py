@@ -5,14 +5,12 @@ compressed 32 times), in the published names, and is made in seconds. The publis
 here one file can hold them all.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.families.sana.dc_ae import DCAE, DCAEConfig
 from library.families.sana.export import complete_pipeline, save_folder, save_gemma, save_vae
@@ -22,19 +20,16 @@ from library.families.sana.options import LATENTS
 from library.families.sana.tokenizers import INSTRUCTION
 from library.io.safetensors import save_tensors
 from library.nn.attention import sdpa
-from library.randomness import torch_generator
+from tools.miniature_parts import DTYPES, Weights, random_weight
 from tools.miniature_tokenizers import WORDS, gemma_pieces, write_gemma_tokenizer
 
 FILE_NAME = "sana-miniature.safetensors"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGE_SIZE = 1024
 _HEAD_DIM, _GEMMA_HEAD_DIM = 32, 256
 _METADATA = {
     "modelspec.title": "Miniature of Sana-1.5",
     "modelspec.description": "Random weights, for tests and for trying things out",
 }
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +150,10 @@ def sana_weights(seed: int, sizes: SanaSizes) -> dict[str, Weights]:
     }
     shapes["gemma"] = sizes.gemma()
     return {
-        part: {name: _value(f"{part}.{name}", shape, seed) for name, shape in names.items()}
+        part: {
+            name: random_weight(f"{part}.{name}", shape, seed, _SCALES, gain=_GAINS[part])
+            for name, shape in names.items()
+        }
         for part, names in shapes.items()
     }
 
@@ -166,6 +164,8 @@ def _words() -> list[str]:
     return list(dict.fromkeys([*WORDS, *instruction]))
 
 
+_GAINS = {"denoiser": 1, "vae": 1, "gemma": 0}  # Gemma adds one to its gains
+
 # Size of the numbers, for activations about 1: of a layer's outputs for inputs about 1.
 _SCALES = (
     ("denoiser.final_layer.linear.weight", 0.5),
@@ -173,16 +173,6 @@ _SCALES = (
     ("vae.encoder.project_out.0.conv.weight", 0.5),
     ("vae.decoder.project_out.2.conv.weight", 0.5),
 )
-
-
-def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    noise = torch.randn(shape, generator=torch_generator(seed, name))
-    if len(shape) == 1:
-        if name.endswith("bias"):
-            return 0.02 * noise
-        return 0.1 * noise + (0 if name.startswith("gemma.") else 1)  # Gemma adds one to its gains
-    scale = next((scale for pattern, scale in _SCALES if fnmatchcase(name, pattern)), 1.0)
-    return scale / math.sqrt(math.prod(shape[1:])) * noise
 
 
 def _write_diffusers(output: Path, parts: Mapping[str, Weights], sizes: SanaSizes, dtype: torch.dtype) -> None:

@@ -1,23 +1,20 @@
 """A complete, tiny Stable Diffusion 1.x or 2.x with random weights: U-Net, VAE, text encoder, tokenizer."""
 
-import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.families.sd.export import PAD_TOKENS, complete_pipeline, save_folder, save_single
 from library.families.sd.options import LATENTS
 from library.families.sd.unet import UNet, UNetConfig
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from library.randomness import torch_generator
 from library.records import Resolution
-from tools.miniature_sd3 import DTYPES
-from tools.miniature_tokenizers import clip_vocabulary_size, write_clip_tokenizer
+from tools.miniature_parts import DTYPES, HEAD_DIM, Weights, clip_config, random_weight
+from tools.miniature_tokenizers import write_clip_tokenizer
 
 FILE_NAME = "sd-miniature.safetensors"
 VARIANTS = ("sd1", "sd2", "sd2-v")
@@ -25,13 +22,10 @@ VARIANTS = ("sd1", "sd2", "sd2-v")
 
 _V_PREDICTION = ("sd2-v",)
 _NATIVE, _V_NATIVE = Resolution(512, 512), Resolution(768, 768)
-_HEAD_DIM = 64
 _METADATA = {
     "modelspec.title": "Miniature of Stable Diffusion",
     "modelspec.description": "Random weights, for tests and for trying things out",
 }
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +65,7 @@ class SdSizes:
             blocks_per_level=self.blocks_per_level,
             context_width=self.clip_width,
             num_heads=None if self.is_v2 else 8,
-            head_dim=_HEAD_DIM if self.is_v2 else None,
+            head_dim=HEAD_DIM if self.is_v2 else None,
             linear_projections=self.is_v2,
         )
 
@@ -87,20 +81,8 @@ class SdSizes:
 
     def clip(self) -> Any:
         """The text encoder's configuration, transformers' kind."""
-        from transformers import CLIPTextConfig
-
-        return CLIPTextConfig(
-            vocab_size=clip_vocabulary_size(),
-            hidden_size=self.clip_width,
-            intermediate_size=4 * self.clip_width,
-            projection_dim=self.clip_width,
-            num_hidden_layers=self.clip_depth,
-            num_attention_heads=self.clip_width // _HEAD_DIM,
-            hidden_act="gelu" if self.is_v2 else "quick_gelu",
-            bos_token_id=clip_vocabulary_size() - 2,
-            eos_token_id=2,  # as published: transformers then pools at the highest id, the end token
-            architectures=["CLIPTextModel"],
-        )
+        activation = "gelu" if self.is_v2 else "quick_gelu"
+        return clip_config(self.clip_width, self.clip_depth, activation, "CLIPTextModel")
 
 
 def make_sd(
@@ -157,7 +139,9 @@ def sd_weights(seed: int, sizes: SdSizes) -> dict[str, Weights]:
         for part, module in modules.items()
     }
     parts = {
-        part: {name: _value(f"{part}.{name}", shape, seed) for name, shape in named.items()}
+        part: {
+            name: random_weight(f"{part}.{name}", shape, seed, _SCALES, tables=_TABLES) for name, shape in named.items()
+        }
         for part, named in shapes.items()
     }
     _, log_variance = parts["vae"]["quant_conv.bias"].chunk(2)
@@ -181,13 +165,3 @@ _SCALES = (
     ("vae.post_quant_conv.weight", LATENTS.scale),
 )
 _TABLES = ("*embedding.weight",)
-
-
-def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    noise = torch.randn(shape, generator=torch_generator(seed, name))
-    if len(shape) == 1:
-        return 1 + 0.1 * noise if name.endswith("weight") else 0.02 * noise
-    scale = next((scale for pattern, scale in _SCALES if fnmatchcase(name, pattern)), 1.0)
-    if any(fnmatchcase(name, pattern) for pattern in _TABLES):
-        return scale * noise
-    return scale / math.sqrt(math.prod(shape[1:])) * noise

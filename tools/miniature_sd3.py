@@ -4,39 +4,32 @@ It has everything that the published model has (query and key norms, second atte
 position table), in the published layout, and is made in seconds.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.families.sd3.export import complete_pipeline, save_folder, save_single
 from library.families.sd3.mmdit import MMDiT, MMDiTConfig
 from library.families.sd3.position_table import sincos_table
 from library.nn.attention import sdpa
 from library.nn.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from library.randomness import torch_generator
+from tools.miniature_parts import DTYPES, HEAD_DIM, Weights, clip_config, random_weight
 from tools.miniature_tokenizers import (
     CLIP_END,
-    clip_vocabulary_size,
     t5_vocabulary_size,
     write_clip_tokenizer,
     write_t5_tokenizer,
 )
 
 FILE_NAME = "sd3-miniature.safetensors"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_HEAD_DIM = 64
 _METADATA = {
     "modelspec.title": "Miniature of Stable Diffusion 3.5 medium",
     "modelspec.description": "Random weights, for tests and for trying things out",
 }
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ class Sd3Sizes:
         return MMDiTConfig(
             depth=self.depth,
             width=self.width,
-            num_heads=self.width // _HEAD_DIM,
+            num_heads=self.width // HEAD_DIM,
             patch_size=2,
             in_channels=16,
             context_width=self.t5_width,
@@ -100,20 +93,7 @@ class Sd3Sizes:
 
     def clip(self, width: int, activation: str) -> Any:
         """A CLIP's configuration, transformers' kind."""
-        from transformers import CLIPTextConfig
-
-        return CLIPTextConfig(
-            vocab_size=clip_vocabulary_size(),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=self.clip_depth,
-            num_attention_heads=width // _HEAD_DIM,
-            hidden_act=activation,
-            bos_token_id=clip_vocabulary_size() - 2,
-            eos_token_id=2,  # as published: transformers then pools at the highest id, the end token
-            architectures=["CLIPTextModelWithProjection"],
-        )
+        return clip_config(width, self.clip_depth, activation, "CLIPTextModelWithProjection")
 
     def t5(self) -> Any:
         """T5's configuration, transformers' kind."""
@@ -122,7 +102,7 @@ class Sd3Sizes:
         return T5Config(
             vocab_size=t5_vocabulary_size(),
             d_model=self.t5_width,
-            d_kv=_HEAD_DIM,
+            d_kv=HEAD_DIM,
             d_ff=self.t5_hidden,
             num_layers=self.t5_depth,
             num_heads=self.t5_heads,
@@ -175,7 +155,10 @@ def sd3_weights(seed: int, sizes: Sd3Sizes) -> dict[str, Weights]:
             "t5xxl": T5EncoderModel(sizes.t5()),
         }
     parts = {
-        part: {name: _value(f"{part}.{name}", tuple(place.shape), seed) for name, place in module.state_dict().items()}
+        part: {
+            name: random_weight(f"{part}.{name}", tuple(place.shape), seed, _SCALES, tables=_TABLES)
+            for name, place in module.state_dict().items()
+        }
         for part, module in modules.items()
     }
     parts["denoiser"]["pos_embed"] = sincos_table(sizes.pos_embed_max_size, sizes.width)
@@ -192,22 +175,12 @@ _SCALES = (
     ("*position_embedding.weight", 0.2),
     ("t5xxl.shared.weight", 1.0),
     ("*relative_attention_bias.weight", 0.5),
-    ("t5xxl.*SelfAttention.q.weight", _HEAD_DIM**-0.5),  # T5 doesn't divide by the root of the head size
+    ("t5xxl.*SelfAttention.q.weight", HEAD_DIM**-0.5),  # T5 doesn't divide by the root of the head size
     ("*adaLN_modulation.1.weight", 0.5),
     ("denoiser.final_layer.linear.weight", 0.5),
     ("vae.decoder.conv_out.weight", 0.5),
 )
 _TABLES = ("*embedding.weight", "*shared.weight", "*relative_attention_bias.weight")
-
-
-def _value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    noise = torch.randn(shape, generator=torch_generator(seed, name))
-    if len(shape) == 1:
-        return 1 + 0.1 * noise if name.endswith("weight") else 0.02 * noise
-    scale = next((scale for pattern, scale in _SCALES if fnmatchcase(name, pattern)), 1.0)
-    if any(fnmatchcase(name, pattern) for pattern in _TABLES):
-        return scale * noise
-    return scale / math.sqrt(math.prod(shape[1:])) * noise
 
 
 def _write_diffusers(output: Path, parts: Mapping[str, Weights], sizes: Sd3Sizes, dtype: torch.dtype) -> None:

@@ -31,7 +31,8 @@ class Stop:
         return self.name
 
 
-def _before_optimizing(patch, number: int, act: Callable) -> None:
+def before_optimizing(patch, number: int, act: Callable) -> None:
+    """Calls ``act`` with the run at the beginning of a step (from 1), until ``patch`` is undone."""
     optimize = loop.optimize
 
     def patched(run, step):
@@ -48,7 +49,7 @@ def _die(*_) -> None:
 
 def before_step(number: int) -> Stop:
     """Killed between two steps."""
-    return Stop(f"before step {number}", lambda patch: _before_optimizing(patch, number, _die))
+    return Stop(f"before step {number}", lambda patch: before_optimizing(patch, number, _die))
 
 
 def in_micro_batch(number: int, micro_batch: int) -> Stop:
@@ -64,7 +65,7 @@ def in_micro_batch(number: int, micro_batch: int) -> Stop:
                 raise Killed
             return share
 
-        _before_optimizing(patch, number, lambda run: patch.setattr(loop, "training_loss", patched))
+        before_optimizing(patch, number, lambda run: patch.setattr(loop, "training_loss", patched))
 
     return Stop(f"in micro-batch {micro_batch} of step {number}", install)
 
@@ -157,4 +158,4 @@ def sigterm(number: int) -> Stop:
         if run.accelerator.is_main_process:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return Stop(f"SIGTERM in step {number}", lambda patch: _before_optimizing(patch, number, ask), code=143)
+    return Stop(f"SIGTERM in step {number}", lambda patch: before_optimizing(patch, number, ask), code=143)

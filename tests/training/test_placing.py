@@ -7,25 +7,11 @@ on where in memory the matrix begins.
 import pytest
 import torch
 
-from library.training import placing
-from tests.memory.late_transfers import LateTransfers
+from tests.training.late_moves import move_late
 from tests.training.ranks import in_processes
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 NO_MODULATION = {"network_args": ["x_mod_dim=0", "context_mod_dim=0"]}
-
-
-class CopyingStash:
-    """A stash on the host."""
-
-    def put(self, tensor):
-        return tensor.clone()
-
-    def send_for(self, kept):
-        pass
-
-    def take(self, kept):
-        return kept
 
 
 @pytest.fixture(params=["sd3", "sana"])
@@ -38,16 +24,8 @@ def job(request, tiny_file, tiny_sana_file, photos, tmp_path, monkeypatch):
     prompts.write_text("a cat --w 64 --h 64 --s 2 --l 3 --d 5\n")
 
     def run(output, *, moved=False, **options):
-        made = []
-
-        def transfers():
-            made.append(LateTransfers())
-            return made[-1]
-
         with monkeypatch.context() as patch:
-            if moved:
-                patch.setattr(placing, "transfers_to", lambda device: transfers)
-                patch.setattr(placing, "stash_for", lambda device: CopyingStash())
+            made = move_late(patch) if moved else []
             options = {"sample_prompts": prompts, "sample_every_n_steps": 2, **options}
             assert trainer(output, **CACHED, **options) == 0
         return made

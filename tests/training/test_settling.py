@@ -15,30 +15,13 @@ from library.training import loop, settling, step, updates
 from library.training.comparing import compare_runs
 from library.training.stopping import TIME_IS_UP
 from library.training.updates import prepare_updates
-from tests.training.interruptions import Killed, in_micro_batch
+from tests.training.interruptions import Killed, before_optimizing, in_micro_batch
 from tests.training.ranks import in_processes
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 GUARDED = {"optimizer_args": ["fused=True"], "lr_scheduler": "cosine"}
 EMA = {"use_ema": True, "ema_decay": 0.5, "ema_save_raw": True}
-
-
-@pytest.fixture
-def begin(monkeypatch):
-    """Calls something at the beginning of a step (from 1)."""
-
-    def call(number, act):
-        optimize = loop.optimize
-
-        def patched(run, step):
-            if step + 1 == number:
-                act()
-            optimize(run, step)
-
-        monkeypatch.setattr(loop, "optimize", patched)
-
-    return call
 
 
 @pytest.fixture
@@ -177,8 +160,8 @@ def test_stopped(trainer, poison, capsys):
     ],
     ids=["signal", "time"],
 )
-def test_asked_to_stop_a_run_ends_with_the_step(trainer, begin, act, options, code):
-    begin(2, act)
+def test_asked_to_stop_a_run_ends_with_the_step(trainer, monkeypatch, act, options, code):
+    before_optimizing(monkeypatch, 2, lambda run: act())
     assert trainer("out", **CACHED, **GUARDED, **options, network_train_unet_only=True) == code
     done = [entry["step"] for entry in trainer.log("out")]
     (state,) = (trainer.folder / "out").glob("*-state")
@@ -214,7 +197,7 @@ def test_the_log_has_every_step_that_was_done_when_the_next_one_breaks(trainer, 
     assert [entry["step"] for entry in trainer.log("out")] == [1, 2]
 
 
-def test_two_processes_settle_alike(trainer, poison, begin):
+def test_two_processes_settle_alike(trainer, poison, monkeypatch):
     """One of them is asked to stop, a step later is no number, and the run goes back."""
     poison(5)
     trainer.dataset().write_text(trainer.dataset().read_text().replace("batch_size = 2", "batch_size = 1"))
@@ -226,7 +209,8 @@ def test_two_processes_settle_alike(trainer, poison, begin):
             return trainer("out", **options)
 
     def asked(rank):
-        begin(1, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank else None)
+        if rank:
+            before_optimizing(monkeypatch, 1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
         return trainer("out", **options)
 
     assert in_processes(2, looks_first) == [0, 0]

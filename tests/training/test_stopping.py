@@ -10,6 +10,7 @@ import torch
 
 from library.training import loop
 from library.training.stopping import STOP_CODES, TIME_IS_UP, Stopper
+from tests.training.interruptions import before_optimizing
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -27,29 +28,12 @@ def job(request):
     return run
 
 
-@pytest.fixture
-def in_step(monkeypatch):
-    """Calls something in the middle of a step."""
-
-    def call(act, number):
-        optimize = loop.optimize
-
-        def patched(run, step):
-            if step + 1 == number:
-                act()
-            optimize(run, step)
-
-        monkeypatch.setattr(loop, "optimize", patched)
-
-    return call
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(job, in_step, capfd, number, code, monkeypatch):
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(job, capfd, number, code, monkeypatch):
     before = signal.getsignal(number)
     assert job("whole") == 0
     with monkeypatch.context():
-        in_step(lambda: os.kill(os.getpid(), number), 2)
+        before_optimizing(monkeypatch, 2, lambda run: os.kill(os.getpid(), number))
         assert job("stopped") == code
     assert signal.getsignal(number) is before
     state = job.trainer.folder / "stopped" / "run-step00000002-state"
@@ -63,15 +47,15 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(job, in_step, capfd,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_asked_in_the_last_step_it_is_simply_done(job, in_step):
-    in_step(lambda: os.kill(os.getpid(), signal.SIGTERM), 4)
+def test_asked_in_the_last_step_it_is_simply_done(job, monkeypatch):
+    before_optimizing(monkeypatch, 4, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     assert job("out") == 0
     assert (job.trainer.folder / "out" / "run.safetensors").exists()
     assert not list((job.trainer.folder / "out").glob("*-state"))
 
 
-def test_time_is_up(job, in_step):
-    in_step(lambda: time.sleep(1.1), 2)
+def test_time_is_up(job, monkeypatch):
+    before_optimizing(monkeypatch, 2, lambda run: time.sleep(1.1))
     assert job("out", max_train_seconds=1) == TIME_IS_UP
     (state,) = (job.trainer.folder / "out").glob("*-state")
     assert job("more", resume=state, max_train_seconds=600) == 0

@@ -16,8 +16,7 @@ from library.training.comparing import compare_runs, contents, difference
 from library.training.fused_backward import FusedBackward
 from library.training.optimizers import create_optimizer
 from library.training.precision import Precision
-from tests.memory.late_transfers import LateTransfers
-from tests.training.test_placing import CopyingStash
+from tests.training.late_moves import move_late
 
 FUSED = {"fused_backward_pass": True, "max_grad_norm": 0}
 CACHED = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
@@ -28,15 +27,7 @@ STEPS, DEPTH = 2, 4
 @pytest.fixture
 def on_a_device(monkeypatch):
     """Weights and checkpoints move as if there were an accelerator; returns the transfers that were made."""
-    made = []
-
-    def transfers():
-        made.append(LateTransfers())
-        return made[-1]
-
-    monkeypatch.setattr(placing, "transfers_to", lambda device: transfers)
-    monkeypatch.setattr(placing, "stash_for", lambda device: CopyingStash())
-    return made
+    return move_late(monkeypatch)
 
 
 def trained(monkeypatch, family_name, memory, *, optimizer="AdamW", dtype=torch.float32, mixed=False):

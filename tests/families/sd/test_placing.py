@@ -6,9 +6,7 @@ A U-Net's stages hand what they made to stages far behind them, unlike blocks th
 import pytest
 import torch
 
-from library.training import placing
-from tests.memory.late_transfers import LateTransfers
-from tests.training.test_placing import CopyingStash
+from tests.training.late_moves import move_late
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 C3LIER = {"network_args": ["conv_dim=2"], "max_train_steps": 2}
@@ -18,16 +16,8 @@ STAGES = 16
 @pytest.fixture
 def job(sd_trainer, monkeypatch):
     def run(output, *, moved=False, **options):
-        made = []
-
-        def transfers():
-            made.append(LateTransfers())
-            return made[-1]
-
         with monkeypatch.context() as patch:
-            if moved:
-                patch.setattr(placing, "transfers_to", lambda device: transfers)
-                patch.setattr(placing, "stash_for", lambda device: CopyingStash())
+            made = move_late(patch) if moved else []
             assert sd_trainer(output, **{**CACHED, **C3LIER, **options}) == 0
         return made
 
