@@ -169,12 +169,18 @@ def _is_stored_as_stretched(denoiser: Part, folder: Path | None) -> bool:
 
 
 def _schedule(folder: Path) -> Mapping[str, Any]:
-    """What a folder says of its schedule; nothing where it has none that can be read."""
-    try:
-        said = read_json(folder / "scheduler" / "scheduler_config.json")
-    except ConfigError:
+    """What a folder says of its schedule; nothing where it has none.
+
+    Raises:
+        ConfigError: It has one that can't be read.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.exists():
         return {}
-    return said if isinstance(said, Mapping) else {}
+    said = read_json(path)
+    if not isinstance(said, Mapping):
+        raise ConfigError(f"{path}: is no table; get the folder's scheduler_config.json again")
+    return said
 
 
 def _searched(model: ModelConfig, options: SdOptions) -> Search:

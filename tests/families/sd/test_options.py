@@ -16,6 +16,7 @@ from library.config.options import all_options
 from library.dry_run import look
 from library.families import FAMILIES, create_family, family_options
 from library.families.sd.family import create
+from library.families.sd.files import locate
 from library.families.sd.options import SdOptions
 
 FLOW_SCRIPTS = [script for script in SCRIPTS.values() if "flow" in family_options(script.family).OBJECTIVE_GROUPS]
@@ -61,6 +62,19 @@ def test_a_folder_decides_how_its_schedule_ends(tiny_sd, check, tmp_path):
             assert config.provenance["zero_terminal_snr"].startswith("derived: ")
             answered, problems = check(folder, **{"no-zero_terminal_snr": True})
             assert problems == [] and create_family("sd", answered).objective.ddpm.zero_terminal_snr is False
+
+
+@pytest.mark.parametrize("content", ['{"prediction_type": ', "[]", "\x00"])
+def test_a_damaged_schedule_is_an_error_and_a_missing_one_says_nothing(tiny_sd, sd_trainer, tmp_path, capsys, content):
+    folder = tiny_sd.folder(tmp_path / "base", prediction="v_prediction")
+    train = dataclasses.replace(sd_trainer, checkpoint=folder)
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    schedule.write_text(content)
+    assert train("out", max_train_steps=1) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(schedule) in told
+    schedule.unlink()
+    assert locate(ModelConfig(pretrained_model_name_or_path=str(folder)), SdOptions()).v_prediction is None
 
 
 def test_a_second_generation_file_that_says_nothing_is_warned_about(tiny_sd, check, tmp_path):
