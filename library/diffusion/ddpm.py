@@ -189,7 +189,9 @@ def _rows(draws: Draws, purpose: str) -> Tensor:
 
 def _multires(noise: Tensor, draws: Draws, iterations: int, discount: float) -> Tensor:
     """Noise of several resolutions: kohya's, with resolutions and deviation for each sample by itself."""
-    ratios = [(draws.uniform(f"multires ratio {level}") * 2 + 2).tolist() for level in range(iterations)]
+    # not as tensors, which have no numbers where a run is foreseen
+    shares = (draws.uniform(f"multires ratio {level}").tolist() for level in range(iterations))
+    ratios = [[2 + 2 * share for share in of_level] for of_level in shares]
     added = [
         _coarse_noise(
             Draws(draws.run_seed, (key,), (visit,)), noise.shape[1:], [of_level[row] for of_level in ratios], discount

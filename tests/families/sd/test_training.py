@@ -71,6 +71,11 @@ def test_the_text_encoder_learns_through_all_chunks_up_to_the_chosen_layer(long_
     assert metadata["ss_max_token_length"] == "150" and metadata["ss_weighted_captions"] == "True"
 
 
+def test_a_run_with_noise_of_every_kind_is_foreseen(sd_trainer, capsys):
+    assert sd_trainer("out", **NOISE_OPTIONS, network_train_unet_only=True, max_train_steps=1) == 0
+    assert "forecast: at most " in capsys.readouterr().err
+
+
 def test_a_resumed_run_draws_the_same_noise(sd_trainer):
     options = {**NOISE_OPTIONS, "network_train_unet_only": True}
     assert sd_trainer("whole", **options, max_train_steps=3) == 0
